@@ -1,0 +1,129 @@
+"""llama-box, llama.cpp's llama-server, or the built-in llama.cpp: all take llama-server's options.
+
+Without an installed binary the engine is the `xllamacpp` package, run by
+`gpustack.worker.llama_server`, which reads the same options.
+"""
+
+from collections.abc import Iterator
+
+from gpustack.backends.base import Demand, Launch, Slot
+from gpustack.backends.parameters import find, flat, names
+from gpustack.lib.units import MIB, gib
+from gpustack.schemas.models import Category, VersionSpec
+from gpustack.schemas.profiles import Profile
+
+#: Tokens of context when nobody says otherwise, all parallel requests together. Source: GPUStack's
+#: documented default for llama-box, `--ctx-size 8192 --parallel 4`.
+CONTEXT_TOKENS = 8192
+PARALLEL = 4
+
+#: Process, tokenizer and code. Source: 32 MB resident measured with a 1 MB model.
+PROCESS_BYTES = 48 * MIB
+#: Tokens that llama.cpp evaluates at once (`--ubatch-size`); sizes its compute buffers.
+UBATCH_TOKENS = 512
+
+#: Options that name the engine's place in the cluster; a user's value would break the routing.
+OWNED = {
+    "--host", "--port", "--api-key", "--api-key-file", "--alias", "-a", "--model", "-m",
+    "--path", "--ssl-key-file", "--ssl-cert-file", "--api-prefix", "--log-file",
+}  # fmt: skip
+
+
+class LlamaBox:
+    name = "llama-box"
+    programs: tuple[str, ...] = ("llama-box", "llama-server")
+
+    def runs(self, spec: VersionSpec) -> bool:
+        file = spec.local_path or spec.huggingface_filename or ""
+        return file.lower().endswith(".gguf")
+
+    def problem(self, spec: VersionSpec) -> str | None:
+        for name in names(spec.backend_parameters):
+            if name in OWNED:
+                return f"backend parameter {name} is set by gpustack and cannot be given"
+        for option in ("--ctx-size", "-c", "--parallel", "-np"):
+            value = find(spec.backend_parameters, option)
+            if value is not None and not value.isdigit():
+                return f"backend parameter {option}: want a whole number, got {value!r}"
+        return None
+
+    def demands(self, spec: VersionSpec, profile: Profile) -> Iterator[Demand]:
+        context = context_tokens(spec, profile)
+        parts = [(f"weights, {profile.source or 'size on disk'}", profile.weights_bytes)]
+        if profile.layers and profile.kv_heads:
+            cache = kv_cache_bytes(
+                layers=profile.layers,
+                kv_heads=profile.kv_heads,
+                head_dim=profile.head_dim,
+                tokens=context,
+            )
+            parts.append((f"keys and values of {context} tokens at 16 bit", cache))
+        parts.append(("compute buffers", compute_bytes(profile)))
+        parts.append(("process", PROCESS_BYTES))
+        yield Demand(
+            devices=0,
+            vram_bytes=0,
+            ram_bytes=sum(size for _, size in parts),
+            explanation=tuple(f"{gib(size)}: {what}" for what, size in parts),
+        )
+
+    def launch(self, spec: VersionSpec, slot: Slot) -> Launch:
+        program = next((p for n in self.programs if (p := slot.executables.get(n))), None)
+        command = [program] if program else [slot.python, "-m", "gpustack.worker.llama_server"]
+        given = set(names(spec.backend_parameters))
+        argv = [*command, "--model", slot.model_path]
+        if not given & {"--ctx-size", "-c"}:
+            argv += ["--ctx-size", str(CONTEXT_TOKENS)]
+        if not given & {"--parallel", "-np"}:
+            argv += ["--parallel", str(PARALLEL)]
+        if Category.EMBEDDING in spec.categories and "--embeddings" not in given:
+            argv.append("--embeddings")
+        if Category.RERANKER in spec.categories and not given & {"--reranking", "--rerank"}:
+            argv.append("--reranking")
+        # Ours come last: the parser keeps the final value, so a user cannot move the engine off
+        # the address that the gateway dials.
+        argv += [
+            *flat(spec.backend_parameters),
+            "--metrics",
+            "--host", "127.0.0.1",
+            "--port", str(slot.port),
+            "--alias", slot.served_name,
+            "--api-key-file", slot.secret_file,
+        ]  # fmt: skip
+        return Launch(tuple(argv), env={"GGML_NO_BACKTRACE": "1", **spec.env})
+
+
+def context_tokens(spec: VersionSpec, profile: Profile) -> int:
+    """Tokens that the engine keeps keys and values for."""
+    for option in ("--ctx-size", "-c"):
+        value = find(spec.backend_parameters, option)
+        if value is not None and value.isdigit():
+            # llama.cpp reads 0 as "what the model was trained for".
+            return int(value) or profile.max_context or CONTEXT_TOKENS
+    return CONTEXT_TOKENS
+
+
+def kv_cache_bytes(
+    *, layers: int, kv_heads: int, head_dim: int, tokens: int, dtype_bytes: int = 2
+) -> int:
+    """Memory that the keys and values of `tokens` tokens occupy, bytes.
+
+    Shapes: two tensors (K and V) of [layers, kv_heads, tokens, head_dim].
+
+    Args:
+        kv_heads: heads that store keys and values (fewer than attention heads under GQA).
+        dtype_bytes: 2 for fp16, llama.cpp's default.
+
+    Source: follows from the shapes. Check: 32 layers, 8 heads, 128 dims, 8192 tokens, fp16
+    is 1 GiB exactly.
+    """
+    return 2 * layers * kv_heads * head_dim * tokens * dtype_bytes
+
+
+def compute_bytes(profile: Profile) -> int:
+    """llama.cpp's compute buffers: the activations of one micro-batch, fp32.
+
+    Source: the largest are the logits of the outputs [ubatch, vocabulary] and a few tensors of
+    [ubatch, embedding]; counted as the logits and eight of the latter.
+    """
+    return 4 * UBATCH_TOKENS * (profile.vocabulary + 8 * profile.embedding_length)

@@ -1,0 +1,114 @@
+"""Every error this project raises on purpose.
+
+    GPUStackError           500
+    ├── BadRequest          400   the request cannot be understood
+    ├── Unauthorized        401   no credential, or one that nobody knows
+    ├── Forbidden           403   a known credential that may not do this
+    │   └── PasswordChangeRequired
+    ├── NotFound            404
+    ├── Conflict            409   somebody else changed it first, or the name is taken
+    ├── TooLarge            413   more bytes than this place takes
+    ├── Invalid             422   understood, but it contradicts itself or the cluster
+    ├── EngineFailed        502   an inference engine exited or never became healthy
+    ├── Unavailable         503   try again later; carries retry_after_s
+    │   └── NoReadyInstance
+    └── SettingsError       (start only) an option, variable or file says something impossible
+
+`code` is part of the wire contract: clients branch on it, so it never changes.
+"""
+
+from typing import ClassVar
+
+
+class GPUStackError(Exception):
+    """Something went wrong inside gpustack.
+
+    Base of every deliberate error; anything else escaping is a bug. The first line of a class's
+    docstring is its default message.
+    """
+
+    status: ClassVar[int] = 500
+    code: ClassVar[str] = "internal_error"
+
+    def __init__(self, message: str | None = None, **detail: object) -> None:
+        default = (self.__doc__ or type(self).__name__).strip().splitlines()[0]
+        super().__init__(message or default)
+        self.detail = detail
+
+
+class BadRequest(GPUStackError):
+    """The request cannot be understood."""
+
+    status, code = 400, "bad_request"
+
+
+class Unauthorized(GPUStackError):
+    """A valid credential is needed: log in, or send an API key as a bearer token."""
+
+    status, code = 401, "unauthorized"
+
+
+class Forbidden(GPUStackError):
+    """This credential may not do that."""
+
+    status, code = 403, "forbidden"
+
+
+class PasswordChangeRequired(Forbidden):
+    """The generated password must be changed first: POST /auth/update-password."""
+
+    code = "password_change_required"
+
+
+class NotFound(GPUStackError):
+    """No such resource."""
+
+    status, code = 404, "not_found"
+
+
+class Conflict(GPUStackError):
+    """The resource changed since it was read."""
+
+    status, code = 409, "conflict"
+
+
+class TooLarge(GPUStackError):
+    """The request is larger than this server takes."""
+
+    status, code = 413, "too_large"
+
+
+class Invalid(GPUStackError):
+    """The request cannot be satisfied as written."""
+
+    status, code = 422, "invalid"
+
+
+class EngineFailed(GPUStackError):
+    """An inference engine exited or never became healthy."""
+
+    status, code = 502, "engine_failed"
+
+
+class Unavailable(GPUStackError):
+    """Temporarily unable to serve this request."""
+
+    status, code = 503, "unavailable"
+
+    def __init__(
+        self, message: str | None = None, *, retry_after_s: int = 1, **detail: object
+    ) -> None:
+        super().__init__(message, **detail)
+        self.retry_after_s = retry_after_s
+
+
+class NoReadyInstance(Unavailable):
+    """No instance of this model is running."""
+
+    code = "no_ready_instance"
+
+
+class SettingsError(GPUStackError):
+    """A start option has an impossible value."""
+
+    code = "settings_error"

@@ -1,0 +1,231 @@
+"""What differs by operating system, and nothing else does: locks, owner-only files, processes."""
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import socket
+import sys
+import tempfile
+import uuid
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import IO, Any, TypeVar
+
+T = TypeVar("T")
+
+WINDOWS = sys.platform == "win32"
+
+if WINDOWS:
+    import msvcrt
+else:
+    import fcntl
+
+
+def run(main: Coroutine[Any, Any, T]) -> T:
+    """Run `main` to its end, on uvloop where there is one."""
+    if WINDOWS:
+        return asyncio.run(main)
+    import uvloop  # absent on Windows
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(main)
+
+
+# --- files ---------------------------------------------------------------------------------
+
+
+def write_private(path: Path, data: str | bytes) -> None:
+    """Put `data` into `path`, atomically, readable by its owner alone (mode 0600)."""
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    raw = data.encode() if isinstance(data, str) else data
+    fd, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)  # 0600 by definition
+    try:
+        with os.fdopen(fd, "wb") as file:
+            file.write(raw)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def lock(file: IO[Any]) -> bool:
+    """Take the exclusive lock on an open file; False if another process holds it.
+
+    The lock goes with the file descriptor: it ends when the last copy of it is closed, so with
+    the process however it ends.
+    """
+    try:
+        if WINDOWS:
+            # A byte far beyond the content, so that the content stays readable to others.
+            file.seek(1 << 30)
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
+            file.seek(0)
+        else:
+            fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+# --- this machine --------------------------------------------------------------------------
+
+
+def default_data_dir(platform: str = sys.platform, appdata: str | None = None) -> Path:
+    if platform == "win32":
+        return Path(appdata or os.environ.get("APPDATA", "C:\\ProgramData")) / "gpustack"
+    return Path("/var/lib/gpustack")
+
+
+def machine_id() -> str:
+    """The same for the life of this installation of the operating system."""
+    for place in ("/etc/machine-id", "/var/lib/dbus/machine-id"):
+        with contextlib.suppress(OSError):
+            if text := Path(place).read_text().strip():
+                return text
+    return f"{uuid.getnode():012x}"
+
+
+def boot_id() -> str:
+    """New at each boot of this machine, the same until then."""
+    with contextlib.suppress(OSError):
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    import psutil
+
+    return str(int(psutil.boot_time()))
+
+
+# --- processes -----------------------------------------------------------------------------
+
+
+def start_ticks(pid: int) -> int | None:
+    """When `pid` started, in an arbitrary unit; None if no live process has that pid.
+
+    With the boot id it names one process for ever: a pid alone is used again.
+    """
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return None if Path("/proc/self").exists() else _start_centis(pid)
+    fields = stat.rpartition(")")[2].split()
+    return None if fields[0] in "ZX" else int(fields[19])  # field 22 of proc(5), after the name
+
+
+def _start_centis(pid: int) -> int | None:
+    import psutil
+
+    try:
+        process = psutil.Process(pid)
+        if process.status() == psutil.STATUS_ZOMBIE:
+            return None
+        return round(process.create_time() * 100)
+    except psutil.Error:
+        return None
+
+
+def process_environment(pid: int) -> dict[str, str]:
+    """The environment `pid` was started with; empty when it is gone or not ours to read."""
+    try:
+        raw = Path(f"/proc/{pid}/environ").read_bytes()
+    except OSError:
+        return {}
+    pairs = (item.partition("=") for item in raw.decode(errors="replace").split("\0") if item)
+    return {key: value for key, _, value in pairs}
+
+
+def live_pids() -> list[int]:
+    """The processes of this machine that are not zombies."""
+    if not Path("/proc/self").exists():
+        import psutil
+
+        return psutil.pids()
+    return [int(name) for name in os.listdir("/proc") if name.isdigit() and start_ticks(int(name))]
+
+
+def group_alive(group: int) -> bool:
+    """Whether any live process (zombies do not count) is in the process group `group`."""
+    if WINDOWS:
+        return start_ticks(group) is not None
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    if not Path("/proc/self").exists():
+        return True
+    for pid in live_pids():
+        with contextlib.suppress(OSError):
+            if os.getpgid(pid) == group:
+                return True
+    return False
+
+
+def kill_group(group: int, *, force: bool) -> None:
+    """Ask (or, with `force`, make) every process of `group` end. Nothing happens if it is gone."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        if WINDOWS:
+            os.kill(group, signal.SIGTERM)
+        else:
+            os.killpg(group, signal.SIGKILL if force else signal.SIGTERM)
+
+
+async def wait_exit(pid: int) -> None:
+    """Return when `pid`, child of ours or not, is no longer alive.
+
+    The caller has checked that the pid is the process it means, after this was entered or
+    before; a pid that is already gone returns at once.
+    """
+    if not hasattr(os, "pidfd_open"):
+        while start_ticks(pid) is not None:  # noqa: ASYNC110
+            await asyncio.sleep(0.2)
+        return
+    try:
+        fd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    loop = asyncio.get_running_loop()
+    gone = asyncio.Event()
+    loop.add_reader(fd, gone.set)
+    try:
+        await gone.wait()
+    finally:
+        loop.remove_reader(fd)
+        os.close(fd)
+
+
+# --- roles and their launcher --------------------------------------------------------------
+
+
+def listen(host: str, port: int, *, backlog: int = 4096) -> socket.socket:
+    """A listening TCP socket with SO_REUSEADDR.
+
+    Raises:
+        OSError: the port is taken, or the address is not one of this machine's.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    opened = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        if not WINDOWS:
+            opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        opened.bind((host, port))
+        opened.listen(backlog)
+        opened.setblocking(False)
+    except BaseException:
+        opened.close()
+        raise
+    return opened
+
+
+def read_json_line(fd: int) -> dict[str, Any]:
+    """The first line of a pipe, as JSON, leaving what follows unread."""
+    line = b""
+    while not line.endswith(b"\n"):
+        byte = os.read(fd, 1)
+        if not byte:
+            raise EOFError("the launcher closed the pipe before it said how to start")
+        line += byte
+    return dict(json.loads(line))

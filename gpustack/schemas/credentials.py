@@ -1,0 +1,56 @@
+"""Who may do what: one table for every secret that opens something."""
+
+from enum import StrEnum
+
+from pydantic import BaseModel, Field
+
+from gpustack.schemas.base import Input, Time
+
+
+class CredentialKind(StrEnum):
+    KEY = "key"  # an API key of a user
+    SESSION = "session"  # a browser's login
+    LOCAL = "local"  # the command line on the server's own machine
+    WORKER = "worker"
+    GATEWAY = "gateway"
+
+
+class Scope(StrEnum):
+    ALL = "*"
+    INFERENCE = "inference"
+    MANAGEMENT = "management"
+
+
+class Credential(BaseModel):
+    """A credential as gateways see it: never the secret, only its digest."""
+
+    id: int
+    kind: CredentialKind
+    digest: str
+    user_id: int | None = None
+    worker_id: int | None = None
+    scopes: list[Scope]
+    expires_at: Time | None = None
+    password_change_required: bool = False
+
+
+class ApiKeyCreate(Input):
+    name: str = Field(min_length=1, max_length=128)
+    description: str | None = None
+    expires_in: int | None = Field(None, ge=1, description="Seconds from now; null: never.")
+
+
+class ApiKey(BaseModel):
+    id: int
+    name: str
+    description: str | None = None
+    user_id: int
+    prefix: str
+    created_at: Time
+    expires_at: Time | None = None
+
+
+class ApiKeyCreated(ApiKey):
+    """The one time that the key itself is shown."""
+
+    value: str

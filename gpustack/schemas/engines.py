@@ -1,0 +1,31 @@
+"""The record that an agent keeps on disk of each engine that it runs."""
+
+from pydantic import BaseModel
+
+
+class EngineRecord(BaseModel):
+    """`<data-dir>/engines/<uid>.json`, mode 0600, replaced atomically.
+
+    Written before the engine is spawned, completed after: a record without a pid is one whose
+    engine may or may not exist, and is found by `GPUSTACK_ENGINE_UID` in its environment.
+
+    Attributes:
+        uid: random; adoption needs it, the pid and the start time.
+        start_ticks: `lib.platform.start_ticks` of the pid.
+        secret_file: what requests to the engine must show, in a file of its own (0600).
+        argv: the command; it holds no secret.
+    """
+
+    uid: str
+    instance_id: int
+    instance_name: str
+    generation: int
+    port: int
+    secret_file: str
+    log_file: str
+    argv: list[str]
+    health_path: str
+    restart_count: int = 0
+    boot_id: str
+    pid: int | None = None
+    start_ticks: int | None = None

@@ -1,0 +1,45 @@
+"""What the scheduler answers: a placement, or the reasons why there is none."""
+
+from enum import StrEnum
+
+from gpustack.schemas.base import Fact
+
+
+class Claim(Fact):
+    """Memory that one instance reserves on one worker.
+
+    Attributes:
+        ram_bytes: host memory.
+        vram_bytes: device index -> device memory.
+        explanation: how the numbers came about, one line per part, for people to read.
+    """
+
+    ram_bytes: int = 0
+    vram_bytes: dict[int, int] = {}
+    explanation: tuple[str, ...] = ()
+
+
+class ReasonCode(StrEnum):
+    """Why a worker was refused. Part of the wire contract."""
+
+    NOT_READY = "not_ready"
+    LABELS = "labels"
+    PLATFORM = "platform"
+    RAM = "ram"
+    VRAM = "vram"
+    NO_WORKERS = "no_workers"
+
+
+class Reason(Fact):
+    """Why one worker (or, with an empty name, the cluster) cannot take an instance."""
+
+    code: ReasonCode
+    worker: str = ""
+    message: str
+    needed_bytes: int | None = None
+    available_bytes: int | None = None
+
+
+class Placement(Fact):
+    worker_id: int
+    claim: Claim

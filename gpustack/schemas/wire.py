@@ -1,0 +1,24 @@
+"""Names of headers and kinds that two halves of the product must spell alike.
+
+Imports nothing, so that the gateway can read it without pydantic.
+"""
+
+# Gateway to server, on requests it passes on; believed only with a gateway's credential.
+GATEWAY_HEADER = "x-gpustack-gateway"  # the credential
+PEER_HEADER = "x-gpustack-peer"  # address of the client's socket
+SCHEME_HEADER = "x-gpustack-scheme"  # http or https
+LOCAL_HEADER = "x-gpustack-local"  # "1": the loopback rule holds, no login is needed
+
+# Gateway to relay: which instance. The secret travels as `Authorization: Bearer`.
+INSTANCE_HEADER = "x-gpustack-instance"
+
+# Every header that a client must not be able to set: the gateway removes them.
+PRIVATE_PREFIX = "x-gpustack-"
+
+# Kinds of watched objects: the words in `?kinds=`, in events and in paths.
+MODELS = "models"
+INSTANCES = "model-instances"
+WORKERS = "workers"
+CREDENTIALS = "credentials"
+
+SESSION_COOKIE = "gpustack_session"
