@@ -28,6 +28,8 @@ class ReasonCode(StrEnum):
     RAM = "ram"
     VRAM = "vram"
     NO_WORKERS = "no_workers"
+    PROFILE = "profile"
+    BACKEND = "backend"
 
 
 class Reason(Fact):

@@ -1,0 +1,97 @@
+"""Choose where one instance goes: feasible, fit, score.
+
+Pure: a snapshot goes in, a placement or the reasons against one come out. The same arguments
+always give the same answer, and a claim never exceeds what a worker has left.
+"""
+
+from collections.abc import Iterable, Sequence
+
+from gpustack.backends.base import Demand
+from gpustack.lib.units import gib
+from gpustack.scheduler.filters import FILTERS, Filter
+from gpustack.scheduler.snapshot import Node, Snapshot
+from gpustack.schemas.models import ModelSpec, PlacementStrategy
+from gpustack.schemas.placements import Claim, Placement, Reason, ReasonCode
+
+
+def place(
+    spec: ModelSpec,
+    demands: Iterable[Demand],
+    snapshot: Snapshot,
+    *,
+    filters: Sequence[Filter] = FILTERS,
+) -> Placement | tuple[Reason, ...]:
+    """Where an instance of `spec` goes, or one reason per worker why it cannot go there.
+
+    Args:
+        demands: cheapest first; the first that fits anywhere wins.
+    """
+    if not snapshot.nodes:
+        message = "the cluster has no workers: add one with `gpustack start --server-url`"
+        return (Reason(code=ReasonCode.NO_WORKERS, message=message),)
+    refused: dict[int, Reason] = {}
+    feasible: list[Node] = []
+    for node in snapshot.nodes:
+        reason = next((why for check in filters if (why := check(node, spec))), None)
+        if reason is None:
+            feasible.append(node)
+        else:
+            refused[node.worker.id] = reason
+    for demand in demands:
+        options = [(node, claim) for node in feasible if (claim := fit(demand, node))]
+        if options:
+            node, claim = max(options, key=lambda o: (score(spec, *o), -o[0].worker.id))
+            return Placement(worker_id=node.worker.id, claim=claim)
+        # The last demand is the most modest; its reasons are the ones to read.
+        refused |= {node.worker.id: too_small(demand, node) for node in feasible}
+    return tuple(refused[node.worker.id] for node in snapshot.nodes if node.worker.id in refused)
+
+
+def fit(demand: Demand, node: Node) -> Claim | None:
+    """What `demand` would claim of `node`; None if that is more than is free."""
+    if demand.ram_bytes > max(node.free_ram_bytes, 0):
+        return None
+    # The fullest devices that still have room, so that the emptiest stay whole.
+    roomy = [
+        index
+        for index, free in sorted(node.free_vram_bytes.items(), key=lambda item: item[::-1])
+        if free >= demand.vram_bytes
+    ]
+    if len(roomy) < demand.devices:
+        return None
+    return Claim(
+        ram_bytes=demand.ram_bytes,
+        vram_bytes=dict.fromkeys(sorted(roomy[: demand.devices]), demand.vram_bytes),
+        explanation=demand.explanation,
+    )
+
+
+def score(spec: ModelSpec, node: Node, claim: Claim) -> tuple[float, ...]:
+    """How good a place is; larger is better."""
+    left = node.minus(claim)
+    free = left.free_ram_bytes + sum(left.free_vram_bytes.values())
+    if spec.placement_strategy is PlacementStrategy.BINPACK:
+        return (-free,)
+    return (-node.instances, free)  # spread: copies of one model apart first
+
+
+def too_small(demand: Demand, node: Node) -> Reason:
+    name = node.worker.name
+    if demand.ram_bytes > max(node.free_ram_bytes, 0):
+        free = max(node.free_ram_bytes, 0)
+        return Reason(
+            code=ReasonCode.RAM,
+            worker=name,
+            message=f"{name}: {gib(free)} of memory free, {gib(demand.ram_bytes)} needed",
+            needed_bytes=demand.ram_bytes,
+            available_bytes=free,
+        )
+    best = max(node.free_vram_bytes.values(), default=0)
+    needed = f"{gib(demand.vram_bytes)} needed on each of {demand.devices}"
+    return Reason(
+        code=ReasonCode.VRAM,
+        worker=name,
+        message=f"{name}: {gib(max(best, 0))} free on the best GPU, {needed}",
+        needed_bytes=demand.vram_bytes,
+        available_bytes=max(best, 0),
+    )

@@ -1,0 +1,119 @@
+"""Ways in: log in, log out, change the password."""
+
+from datetime import UTC, datetime
+from typing import Annotated
+from urllib.parse import parse_qs
+
+from fastapi import APIRouter, Header, Request, Response
+from pydantic import BaseModel
+from sqlmodel import select
+
+from gpustack.errors import BadRequest, Invalid, Unauthorized
+from gpustack.lib.secrets import digest, new_secret
+from gpustack.schemas import wire
+from gpustack.schemas.credentials import CredentialKind, Scope
+from gpustack.schemas.users import PasswordUpdate
+from gpustack.server.api.context import Db
+from gpustack.server.auth import passwords
+from gpustack.server.auth.principals import SESSION_LIFE, LoggedIn
+from gpustack.server.db.database import touch
+from gpustack.server.db.tables import Credential, User
+
+router = APIRouter(prefix="/auth", tags=["auth"])
+
+LOGIN_BODY_LIMIT = 8192
+
+
+class LoginForm(BaseModel):
+    username: str
+    password: str
+
+
+@router.post("/login", status_code=204)
+async def login(
+    request: Request, db: Db, scheme: Annotated[str, Header(alias=wire.SCHEME_HEADER)] = "http"
+) -> Response:
+    """Open a session. Body: a form or JSON with username and password."""
+    form = await _form(request)
+    async with db.read() as session:
+        user = (
+            await session.exec(select(User).where(User.username == form.username))
+        ).one_or_none()
+    if not await passwords.matches(form.password, user.password_hash if user else None) or not user:
+        raise Unauthorized("the user name or the password is wrong")
+    secret = new_secret() + new_secret()
+    async with db.write() as session:
+        session.add(
+            Credential(
+                kind=CredentialKind.SESSION,
+                digest=digest(secret),
+                user_id=user.id,
+                scopes=[Scope.ALL],
+                expires_at=datetime.now(UTC) + SESSION_LIFE,
+            )
+        )
+    response = Response(status_code=204)
+    response.set_cookie(
+        wire.SESSION_COOKIE,
+        secret,
+        max_age=int(SESSION_LIFE.total_seconds()),
+        httponly=True,
+        samesite="lax",
+        secure=scheme == "https",
+    )
+    return response
+
+
+@router.post("/logout", status_code=204)
+async def logout(db: Db, user: LoggedIn) -> Response:
+    """End the session that asks, on the server too."""
+    if user.kind is CredentialKind.SESSION:
+        async with db.write() as session:
+            row = await session.get(Credential, user.credential_id)
+            if row is not None:
+                await session.delete(row)
+    response = Response(status_code=204)
+    response.delete_cookie(wire.SESSION_COOKIE)
+    return response
+
+
+@router.post("/update-password", status_code=204)
+async def update_password(db: Db, user: LoggedIn, change: PasswordUpdate) -> Response:
+    """Change the own password. Every other session of the user ends."""
+    async with db.read() as session:
+        row = await session.get_one(User, user.user_id)
+    if not await passwords.matches(change.current_password, row.password_hash):
+        raise Unauthorized("the current password is wrong")
+    passwords.check_policy(change.new_password)
+    if change.new_password == change.current_password:
+        raise Invalid("the new password is the current one: choose another")
+    hashed = passwords.hash_password(change.new_password)
+    async with db.write() as session:
+        row = await session.get_one(User, user.user_id)
+        row.password_hash = hashed
+        row.require_password_change = False
+        where = (
+            Credential.user_id == user.user_id,
+            Credential.kind == CredentialKind.SESSION,
+        )
+        for one in (await session.exec(select(Credential).where(*where))).all():
+            if one.id == user.credential_id:
+                touch(session, one)
+            else:
+                await session.delete(one)
+    return Response(status_code=204)
+
+
+async def _form(request: Request) -> LoginForm:
+    raw = b""
+    async for chunk in request.stream():
+        raw += chunk
+        if len(raw) > LOGIN_BODY_LIMIT:
+            raise BadRequest("this login is too long")
+    try:
+        if request.headers.get("content-type", "").startswith("application/json"):
+            return LoginForm.model_validate_json(raw)
+        fields = {key: values[-1] for key, values in parse_qs(raw.decode()).items()}
+        return LoginForm.model_validate(fields)
+    except ValueError:
+        raise BadRequest("want username and password, as a form or as JSON") from None

@@ -1,0 +1,39 @@
+"""What routes work with, as parameter types."""
+
+from typing import Annotated
+
+from fastapi import Depends, Query, Request
+
+from gpustack.schemas.base import Pagination
+from gpustack.server.controllers.workers import Heartbeats
+from gpustack.server.db.database import Database
+from gpustack.server.feed import Feed
+
+
+def _db(request: Request) -> Database:
+    db: Database = request.app.state.db
+    return db
+
+
+def _feed(request: Request) -> Feed:
+    feed: Feed = request.app.state.feed
+    return feed
+
+
+def _heartbeats(request: Request) -> Heartbeats:
+    heartbeats: Heartbeats = request.app.state.heartbeats
+    return heartbeats
+
+
+Db = Annotated[Database, Depends(_db)]
+Changes = Annotated[Feed, Depends(_feed)]
+Beats = Annotated[Heartbeats, Depends(_heartbeats)]
+
+PageNumber = Annotated[int, Query(ge=1)]
+PerPage = Annotated[int, Query(ge=1, le=100, alias="perPage")]
+
+
+def pagination(page: int, per_page: int, total: int) -> Pagination:
+    return Pagination(
+        page=page, perPage=per_page, total=total, totalPage=(total + per_page - 1) // per_page
+    )

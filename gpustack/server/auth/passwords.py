@@ -1,0 +1,43 @@
+"""Passwords: the only secrets with few random bits, so the only ones that need a slow hash."""
+
+import asyncio
+import re
+
+from argon2 import PasswordHasher
+from argon2.exceptions import InvalidHashError, VerificationError
+
+from gpustack.errors import Invalid
+
+_hasher = PasswordHasher()
+#: Verified when there is no such user, so that the time of a refusal tells nothing.
+_NOBODY = _hasher.hash("nobody has this password")
+
+
+def hash_password(password: str) -> str:
+    return _hasher.hash(password)
+
+
+async def matches(password: str, password_hash: str | None) -> bool:
+    """Whether `password` is the one behind `password_hash`; takes as long for None (no user)."""
+    try:
+        right = await asyncio.to_thread(_hasher.verify, password_hash or _NOBODY, password)
+    except (VerificationError, InvalidHashError):
+        return False
+    return right and password_hash is not None
+
+
+def check_policy(password: str) -> None:
+    """Raises:
+    Invalid: the password is too easy; the message says what it lacks.
+    """
+    rules = {
+        "8 characters or more": len(password) >= 8,
+        "128 characters at most": len(password) <= 128,
+        "an upper-case letter": re.search(r"[A-Z]", password),
+        "a lower-case letter": re.search(r"[a-z]", password),
+        "a digit": re.search(r"[0-9]", password),
+        "a special character": re.search(r"[^A-Za-z0-9\s]", password),
+    }
+    lacking = [rule for rule, held in rules.items() if not held]
+    if lacking:
+        raise Invalid(f"the new password needs {', '.join(lacking)}")

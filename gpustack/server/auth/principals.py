@@ -1,0 +1,191 @@
+"""Who is asking. Every route names the kind of principal it serves as a parameter type."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Annotated
+from urllib.parse import urlsplit
+
+from fastapi import Depends, Request
+from sqlmodel import select
+
+from gpustack.errors import Forbidden, PasswordChangeRequired, Unauthorized
+from gpustack.lib.secrets import digest
+from gpustack.schemas import wire
+from gpustack.schemas.credentials import CredentialKind, Scope
+from gpustack.server.db.bootstrap import ADMIN
+from gpustack.server.db.database import Database, ReadSession
+from gpustack.server.db.tables import Credential, User
+
+SESSION_LIFE = timedelta(hours=2)  # sliding
+#: A session's end moves at most this often, so that reading pages is not writing.
+SESSION_STEP = timedelta(minutes=5)
+SAFE_METHODS = {"GET", "HEAD", "OPTIONS"}
+
+
+@dataclass(frozen=True, slots=True)
+class Principal:
+    """A checked credential.
+
+    Attributes:
+        credential_id: None for the loopback rule, which needs none.
+    """
+
+    kind: CredentialKind
+    credential_id: int | None = None
+    user_id: int | None = None
+    is_admin: bool = False
+    worker_id: int | None = None
+    scopes: frozenset[Scope] = frozenset()
+    password_change_required: bool = False
+
+
+async def principal(request: Request) -> Principal:
+    """The one function that every carrier of credentials goes through.
+
+    Raises:
+        Unauthorized: there is no credential, or nobody knows it, or it has expired.
+        Forbidden: a cookie came with a request that another site made.
+    """
+    db: Database = request.app.state.db
+    headers = request.headers
+    async with db.read() as session:
+        by_gateway = await _is_gateway(session, headers.get(wire.GATEWAY_HEADER))
+        secret, from_cookie = presented(headers, request.cookies)
+        if secret is None:
+            if by_gateway and headers.get(wire.LOCAL_HEADER) == "1":
+                return await _local_admin(session)
+            raise Unauthorized
+        found = await resolve(session, secret)
+    if from_cookie and request.method not in SAFE_METHODS and is_foreign(headers):
+        raise Forbidden("this request comes from another site: log in here and try again")
+    if found.kind is CredentialKind.SESSION:
+        await _slide(db, found)
+    return found
+
+
+def presented(headers: Mapping[str, str], cookies: Mapping[str, str]) -> tuple[str | None, bool]:
+    """The secret that a request shows, and whether its browser sent it by itself."""
+    scheme, _, token = headers.get("authorization", "").partition(" ")
+    if scheme.lower() == "bearer" and token.strip():
+        return token.strip(), False
+    for name in ("x-api-key", "api-key"):
+        if value := headers.get(name):
+            return value.strip(), False
+    cookie = cookies.get(wire.SESSION_COOKIE)
+    return (cookie, True) if cookie else (None, False)
+
+
+def is_foreign(headers: Mapping[str, str]) -> bool:
+    """Whether a browser says that another site made this request."""
+    if headers.get("sec-fetch-site") in {"same-origin", "none"}:
+        return False
+    origin = headers.get("origin")
+    if origin is None:
+        return headers.get("sec-fetch-site") is not None
+    return urlsplit(origin).netloc.lower() != headers.get("host", "").lower()
+
+
+async def resolve(session: ReadSession, secret: str) -> Principal:
+    """What `secret` stands for.
+
+    Raises:
+        Unauthorized: nothing, or no longer.
+    """
+    row = (
+        await session.exec(select(Credential).where(Credential.digest == digest(secret)))
+    ).one_or_none()
+    if row is None or (row.expires_at and _aware(row.expires_at) <= datetime.now(UTC)):
+        raise Unauthorized("this credential is unknown or has expired")
+    user = await session.get(User, row.user_id) if row.user_id else None
+    return Principal(
+        kind=CredentialKind(row.kind),
+        credential_id=row.id,
+        user_id=row.user_id,
+        is_admin=bool(user and user.is_admin),
+        worker_id=row.worker_id,
+        scopes=frozenset(Scope(scope) for scope in row.scopes),
+        password_change_required=bool(
+            user and user.require_password_change and row.kind == CredentialKind.SESSION
+        ),
+    )
+
+
+async def _is_gateway(session: ReadSession, secret: str | None) -> bool:
+    if secret is None:
+        return False
+    where = (Credential.digest == digest(secret), Credential.kind == CredentialKind.GATEWAY)
+    return (await session.exec(select(Credential.id).where(*where))).first() is not None
+
+
+async def _local_admin(session: ReadSession) -> Principal:
+    user = (await session.exec(select(User).where(User.username == ADMIN))).one()
+    return Principal(
+        CredentialKind.LOCAL, user_id=user.id, is_admin=True, scopes=frozenset({Scope.ALL})
+    )
+
+
+async def _slide(db: Database, found: Principal) -> None:
+    async with db.read() as session:
+        row = await session.get(Credential, found.credential_id)
+    end = datetime.now(UTC) + SESSION_LIFE
+    if row is None or row.expires_at is None or end - _aware(row.expires_at) < SESSION_STEP:
+        return
+    async with db.write() as session:
+        row = await session.get(Credential, found.credential_id)
+        if row is not None:
+            row.expires_at = end
+
+
+def _aware(time: datetime) -> datetime:
+    """SQLite gives back times without their zone; all of ours are UTC."""
+    return time if time.tzinfo else time.replace(tzinfo=UTC)
+
+
+Anyone = Annotated[Principal, Depends(principal)]
+
+
+def _user(found: Anyone) -> Principal:
+    if found.user_id is None or not found.scopes & {Scope.ALL, Scope.MANAGEMENT}:
+        raise Forbidden("this needs a user's login, or an API key with scope management")
+    return found
+
+
+def _settled_user(found: Annotated[Principal, Depends(_user)]) -> Principal:
+    if found.password_change_required:
+        raise PasswordChangeRequired
+    return found
+
+
+def _admin(found: Annotated[Principal, Depends(_settled_user)]) -> Principal:
+    if not found.is_admin:
+        raise Forbidden("this needs an administrator")
+    return found
+
+
+def _gateway(found: Anyone) -> Principal:
+    if found.kind is not CredentialKind.GATEWAY:
+        raise Forbidden("this is for gateways")
+    return found
+
+
+def _worker(found: Anyone) -> Principal:
+    if found.kind is not CredentialKind.WORKER:
+        raise Forbidden("this is for workers")
+    return found
+
+
+def _watcher(found: Anyone) -> Principal:
+    if found.user_id is not None:
+        return _admin(_settled_user(_user(found)))
+    return found
+
+
+#: A user who may still have to change the password.
+LoggedIn = Annotated[Principal, Depends(_user)]
+AnyUser = Annotated[Principal, Depends(_settled_user)]
+Admin = Annotated[Principal, Depends(_admin)]
+Gateway = Annotated[Principal, Depends(_gateway)]
+WorkerAgent = Annotated[Principal, Depends(_worker)]
+#: An administrator, a worker or a gateway: each sees what is its own.
+Watcher = Annotated[Principal, Depends(_watcher)]

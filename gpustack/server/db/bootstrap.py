@@ -1,0 +1,92 @@
+"""What a new cluster needs before anything else: its id, the join token, the first admin."""
+
+import secrets
+import string
+from collections.abc import Callable
+from pathlib import Path
+
+from sqlmodel import select
+
+from gpustack.lib.platform import write_private
+from gpustack.lib.secrets import Secret, digest, new_secret
+from gpustack.schemas.credentials import CredentialKind, Scope
+from gpustack.server.db.database import Database, WriteSession
+from gpustack.server.db.tables import Cluster, Counter, Credential, User
+
+ADMIN = "admin"
+PASSWORD_SYMBOLS = "!@#$%^&*_+"  # noqa: S105  the characters, not a password
+
+
+async def bootstrap(
+    db: Database,
+    *,
+    data_dir: Path,
+    token: Secret | None,
+    password: Secret | None,
+    hash_password: Callable[[str], str],
+    local_admin: str,
+    gateway_credential: str,
+) -> Cluster:
+    """Make what is missing, once; bring this node's own credentials into the table.
+
+    A generated token or password is in its file before the database says that it exists, so no
+    crash can leave a cluster that nobody can enter.
+    """
+    async with db.write() as session:
+        cluster = await session.get(Cluster, 1)
+        if cluster is None:
+            given = token.reveal() if token else new_secret()
+            if token is None:
+                write_private(data_dir / "token", given + "\n")
+            cluster = Cluster(
+                cluster_id=new_secret(), epoch=new_secret()[:8], token_digest=digest(given)
+            )
+            session.add(cluster)
+            session.add(Counter(revision=0))
+            await session.flush()
+        elif token is not None:
+            cluster.token_digest = digest(token.reveal())
+        admin = (await session.exec(select(User).where(User.username == ADMIN))).one_or_none()
+        if admin is None:
+            first = password.reveal() if password else new_password()
+            if password is None:
+                write_private(data_dir / "initial_admin_password", first + "\n")
+            admin = User(
+                username=ADMIN,
+                is_admin=True,
+                password_hash=hash_password(first),
+                require_password_change=password is None,
+            )
+            session.add(admin)
+            await session.flush()
+        for kind, secret, user_id in (
+            (CredentialKind.LOCAL, local_admin, admin.id),
+            (CredentialKind.GATEWAY, gateway_credential, None),
+        ):
+            await _own_credential(session, kind, secret, user_id, node=str(data_dir))
+    return cluster
+
+
+async def _own_credential(
+    session: WriteSession, kind: CredentialKind, secret: str, user_id: int | None, *, node: str
+) -> None:
+    """Exactly one credential of `kind` for this node, the one in its file."""
+    of_node = (Credential.kind == kind, Credential.name == node)
+    rows = (await session.exec(select(Credential).where(*of_node))).all()
+    for row in rows:
+        if row.digest != digest(secret):
+            await session.delete(row)
+    if all(row.digest != digest(secret) for row in rows):
+        scopes: list[str] = [Scope.ALL] if kind is CredentialKind.LOCAL else []
+        session.add(
+            Credential(kind=kind, name=node, digest=digest(secret), user_id=user_id, scopes=scopes)
+        )
+
+
+def new_password(length: int = 16) -> str:
+    """A random password with an upper-case and a lower-case letter, a digit and a symbol."""
+    kinds = (string.ascii_uppercase, string.ascii_lowercase, string.digits, PASSWORD_SYMBOLS)
+    letters = [secrets.choice(kind) for kind in kinds]
+    letters += [secrets.choice("".join(kinds)) for _ in range(length - len(kinds))]
+    secrets.SystemRandom().shuffle(letters)
+    return "".join(letters)
