@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -102,7 +102,7 @@ async def serve(boot: Boot) -> None:
     settings = from_json(boot.settings)
     with take_over(settings.data_dir / "server.lock"):
         await asyncio.to_thread(migrate, settings.database_url.reveal())
-        async with _running(settings, boot) as app:
+        async with control_plane(settings, boot.extra) as app:
             server = _Server(
                 uvicorn.Config(
                     app,
@@ -133,8 +133,11 @@ class _Server(uvicorn.Server):
 
 
 @asynccontextmanager
-async def _running(settings: Settings, boot: Boot) -> AsyncIterator[FastAPI]:
-    """Database, feed and controllers, all running; ended on the way out."""
+async def control_plane(settings: Settings, extra: Mapping[str, str]) -> AsyncIterator[FastAPI]:
+    """Database, feed and controllers, all running; ended on the way out.
+
+    The database is migrated. `extra` is the launcher's: this node's own secrets.
+    """
     queues, heartbeats = Queues(), Heartbeats()
     feeds: list[Feed] = []
     db = Database(settings.database_url.reveal(), lambda: feeds[0].committed() if feeds else None)
@@ -145,8 +148,8 @@ async def _running(settings: Settings, boot: Boot) -> AsyncIterator[FastAPI]:
             token=settings.token,
             password=settings.bootstrap_password,
             hash_password=hash_password,
-            local_admin=boot.extra["local_admin"],
-            gateway_credential=boot.extra["gateway_credential"],
+            local_admin=extra["local_admin"],
+            gateway_credential=extra["gateway_credential"],
         )
         feed = Feed(db, cluster.epoch, queues.hint)
         feeds.append(feed)
@@ -166,7 +169,7 @@ async def _running(settings: Settings, boot: Boot) -> AsyncIterator[FastAPI]:
                 ("history", lambda: prune(db), RELIST_S),
             ):
                 tasks.append(group.create_task(forever(name, step, every_s=every_s)))
-            yield create_app(db, feed, heartbeats, boot.extra.get("join_token"))
+            yield create_app(db, feed, heartbeats, extra.get("join_token"))
             for task in tasks:
                 task.cancel()
     finally:

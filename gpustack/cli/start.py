@@ -1,0 +1,116 @@
+"""`gpustack start`, `gpustack restart`, `gpustack config`: the node on this machine."""
+
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from gpustack.config.load import load
+from gpustack.config.options import Option, Settings, defaults, options
+from gpustack.errors import SettingsError
+from gpustack.lib import logs
+from gpustack.lib.platform import default_data_dir
+
+HEADINGS = {"common": "Common options", "server": "Server options", "worker": "Worker options"}
+RESTART_TIMEOUT_S = 60.0
+
+
+class StartCommand(click.Command):
+    """A command whose options are the table of `gpustack.config`, under its headings."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        for group, heading in HEADINGS.items():
+            rows = [_help_row(known) for known in options() if known.group == group]
+            with formatter.section(heading):
+                formatter.write_dl(rows)
+
+
+def start_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Give `command` every start option; it is called with those that were given, by key."""
+    for known in reversed(list(options())):
+        names = (known.flag, *known.aliases, known.key)
+        if known.kind == "bool":
+            parameter = click.option(*names, is_flag=True, default=None)
+        elif known.kind == "list":
+            parameter = click.option(*names, multiple=True, type=str)
+        else:
+            parameter = click.option(*names, type=str, default=None)
+        command = parameter(command)
+    return command
+
+
+def _help_row(known: Option) -> tuple[str, str]:
+    names = ", ".join((*known.aliases, known.flag))
+    if known.kind != "bool":
+        names += f" {known.kind.upper()}"
+    default = known.shown_default
+    if default is None and (plain := defaults()[known.key]) not in (None, False, ()):
+        default = str(plain)
+    suffix = f"  [default: {default}]" if default else ""
+    return names, f"{known.meaning}{suffix}"
+
+
+def settings_from(given: dict[str, Any]) -> Settings:
+    """The effective settings, or exit 1 with one sentence."""
+    flags = {key: value for key, value in given.items() if value not in (None, ())}
+    try:
+        return load(flags, os.environ)
+    except SettingsError as error:
+        raise click.ClickException(str(error)) from None
+
+
+@click.command(cls=StartCommand)
+@start_options
+def start(**given: Any) -> None:
+    """Start a node: a server with its worker, or with --server-url a worker alone."""
+    settings = settings_from(given)
+    logs.setup("launcher", debug=settings.debug)
+    from gpustack.cli.launcher import run  # help needs none of it
+
+    sys.exit(run(settings, sys.argv[2:]))
+
+
+@click.group()
+def config() -> None:
+    """Look at start options without starting."""
+
+
+@config.command(cls=StartCommand)
+@start_options
+def check(**given: Any) -> None:
+    """Check start options, the environment and the config file; start nothing."""
+    settings_from(given)
+
+
+@click.command()
+@click.option("--data-dir", type=click.Path(path_type=Path), envvar="GPUSTACK_DATA_DIR")
+def restart(data_dir: Path | None) -> None:
+    """Replace a running node's processes; its engines and open streams go on."""
+    place = (data_dir or default_data_dir()).absolute()
+    before = _running_node(place)
+    os.kill(before["pid"], signal.SIGUSR2)
+    deadline = time.monotonic() + RESTART_TIMEOUT_S
+    while time.monotonic() < deadline:
+        now = _running_node(place)
+        if now["life"] != before["life"] and now["ready"]:
+            click.echo(f"restarted; pid {now['pid']}")
+            return
+        if now["refused"] and now["refused"] != before["refused"]:
+            raise click.ClickException(f"not restarted: {now['refused']}")
+        time.sleep(0.05)
+    raise click.ClickException(
+        f"pid {before['pid']} has not restarted within {RESTART_TIMEOUT_S:g} s; see its log"
+    )
+
+
+def _running_node(data_dir: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads((data_dir / "lock").read_text()))
+    except (OSError, ValueError):
+        raise click.ClickException(f"no node runs on data directory {data_dir}") from None
