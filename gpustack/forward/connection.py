@@ -116,6 +116,13 @@ class Connection(asyncio.Protocol):
     # --- reading -------------------------------------------------------------------------
 
     def _feed(self, chunk: bytes) -> None:
+        rest = self._parse(chunk)
+        if rest is not None:
+            self._without_upgrade(rest)
+        self._advance()
+
+    def _parse(self, chunk: bytes) -> bytes | None:
+        """Give `chunk` to the parser. Answers what it left for another protocol, if it did."""
         self._feeding = True
         began_before = self._in_head
         try:
@@ -124,7 +131,7 @@ class Connection(asyncio.Protocol):
                 self._fed += len(chunk)
                 self._count(0)
         except httptools.HttpParserUpgrade as stop:
-            self._without_upgrade(chunk[stop.args[0] :])
+            return chunk[stop.args[0] :]
         except HttpError as error:
             self._refuse(error)
         except httptools.HttpParserCallbackError as error:
@@ -137,7 +144,7 @@ class Connection(asyncio.Protocol):
                 self._refuse(HttpError(400, f"not HTTP/1.1: {error}"))
         finally:
             self._feeding = False
-        self._advance()
+        return None
 
     def _without_upgrade(self, rest: bytes) -> None:
         """Read the request again as if it had not asked for another protocol, as RFC 9110

@@ -1,0 +1,474 @@
+"""Requests to other HTTP/1.1 servers over pooled connections, answers pushed to a sink.
+
+    call = pool.send(address, method, target, headers, sink, body=b"...")
+    call = pool.send(address, method, target, headers, sink, chunked=True)
+    call.write(piece); call.finish()
+    call.abort()                # at once, whatever has come
+
+The sink is called from the event loop: `head` once, `body` any number of times, then `end` or
+`failed`; nothing follows `abort`. A pooled connection that turns out to be dead before any byte
+of an answer came is replaced by a fresh one without the sink's knowledge.
+"""
+
+import asyncio
+import logging
+import socket
+from enum import StrEnum
+from typing import Final, Protocol, cast
+
+import httptools
+
+from gpustack.forward.http1 import Headers, HttpError, framing, write_head
+
+logger = logging.getLogger(__name__)
+
+Address = tuple[str, int]
+
+#: Of a streamed body, kept so that a dead pooled connection can be replaced; more is sent once.
+_KEPT_BYTES: Final = 64 * 1024
+_HEAD_BYTES: Final = 128 * 1024
+_ONE_WRITE_BYTES: Final = 64 * 1024  # above, joining head and body costs more than a writev
+
+
+class Failure(StrEnum):
+    """How far a call came that got no whole answer."""
+
+    UNCONNECTED = "unconnected"  # no byte of the request has left
+    LOST = "lost"  # no byte of the answer has come
+    BROKEN = "broken"  # the answer had begun
+
+
+class Sink(Protocol):
+    """Where an answer goes. Hop-by-hop headers are still in it."""
+
+    def head(self, status: int, headers: Headers) -> None: ...
+
+    def body(self, piece: bytes) -> None:
+        """A piece of the answer; empty when a head came alone."""
+
+    def end(self, last: bytes) -> None:
+        """The answer is whole, with this last piece."""
+
+    def failed(self, failure: Failure) -> None: ...
+
+    def pause_body(self) -> None:
+        """The upstream takes the request's body slower than it comes."""
+
+    def resume_body(self) -> None: ...
+
+
+class Call:
+    """One request under way.
+
+    Attributes:
+        done: its sink hears nothing more.
+        started: the answer's head has come.
+    """
+
+    __slots__ = (
+        "_address",
+        "_chunked",
+        "_kept",
+        "_kept_bytes",
+        "_pool",
+        "connection",
+        "done",
+        "method",
+        "sent_all",
+        "sink",
+        "started",
+    )
+
+    def __init__(
+        self, pool: "Pool", address: Address, method: str, sink: Sink, *, chunked: bool
+    ) -> None:
+        self._pool = pool
+        self._address = address
+        self._chunked = chunked
+        self._kept: list[bytes] | None = []
+        self._kept_bytes = 0
+        self.connection: Connection | None = None
+        self.method = method
+        self.sink = sink
+        self.sent_all = False
+        self.done = False
+        self.started = False
+
+    def write(self, piece: bytes) -> None:
+        """Send a piece of the request's body."""
+        if piece and not self.done:
+            self.put(b"%x\r\n%b\r\n" % (len(piece), piece) if self._chunked else piece)
+
+    def finish(self) -> None:
+        """The request's body is complete."""
+        if not self.sent_all and not self.done:
+            self.sent_all = True
+            if self._chunked:
+                self.put(b"0\r\n\r\n")
+
+    def put(self, raw: bytes, *, keep: bool = False) -> None:
+        """Send bytes of the message; `keep`: whatever their size, for a second attempt."""
+        connection = self.connection
+        if self._kept is not None:
+            self._kept_bytes += len(raw)
+            if keep or connection is None or self._kept_bytes <= _KEPT_BYTES:
+                self._kept.append(raw)
+            else:
+                self._kept = None
+        if connection is not None:
+            connection.write(raw)
+        elif self._kept_bytes > _KEPT_BYTES and not keep:
+            self.sink.pause_body()
+
+    def begin(self, connection: "Connection", *, may_repeat: bool) -> None:
+        """Send what has been put so far over `connection`."""
+        self.connection = connection
+        pieces = self._kept or []
+        if not may_repeat:
+            self._kept = None
+        if len(pieces) == 1:
+            connection.write(pieces[0])
+        elif sum(map(len, pieces)) <= _ONE_WRITE_BYTES:
+            connection.write(b"".join(pieces))
+        else:
+            connection.writelines(pieces)
+        if self._kept_bytes > _KEPT_BYTES:
+            self.sink.resume_body()
+
+    def again(self) -> bool:
+        """Try once more on a fresh connection, if all that was sent is still here."""
+        if self._kept is None:
+            return False
+        self.connection = None
+        self._pool.connect(self._address, self)
+        return True
+
+    def fail(self, failure: Failure) -> None:
+        if not self.done:
+            self.done = True
+            self.connection = None
+            self.sink.failed(failure)
+
+    def abort(self) -> None:
+        """Give the call up: the upstream sees its connection close."""
+        if self.done:
+            return
+        self.done = True
+        connection, self.connection = self.connection, None
+        if connection is not None:
+            connection.drop()
+
+    def pause(self) -> None:
+        """Take no more of the answer for now."""
+        if self.connection is not None and not self.done:
+            self.connection.pause()
+
+    def resume(self) -> None:
+        if self.connection is not None and not self.done:
+            self.connection.resume()
+
+
+class Connection(asyncio.Protocol):
+    """One connection to an upstream, lent to one call at a time."""
+
+    def __init__(self, pool: "Pool", address: Address) -> None:
+        self._pool = pool
+        self.address = address
+        self.idle_since = 0.0
+        self._transport: asyncio.Transport | None = None
+        self._parser = httptools.HttpResponseParser(self)
+        self._call: Call | None = None
+        self._fresh = True
+        self._paused = False
+        self._reset()
+
+    def _reset(self) -> None:
+        self._status = 0
+        self._headers: Headers = []
+        self._head_bytes = 0
+        self._in_head = True
+        self._pieces: list[bytes] = []
+        self._received = False
+        self._new_head = False
+        self._complete = False
+        self._reusable = False
+        self._until_eof = False
+
+    @property
+    def usable(self) -> bool:
+        return self._transport is not None and not self._transport.is_closing()
+
+    def begin(self, call: Call) -> None:
+        self._call = call
+        self._reset()
+        call.begin(self, may_repeat=not self._fresh)
+
+    def write(self, raw: bytes) -> None:
+        if self._transport is not None:
+            self._transport.write(raw)
+
+    def writelines(self, pieces: list[bytes]) -> None:
+        if self._transport is not None:
+            self._transport.writelines(pieces)
+
+    def pause(self) -> None:
+        if self._transport is not None and not self._paused:
+            self._paused = True
+            self._transport.pause_reading()
+
+    def resume(self) -> None:
+        if self._transport is not None and self._paused:
+            self._paused = False
+            self._transport.resume_reading()
+
+    def drop(self) -> None:
+        """Close at once, telling nobody."""
+        self._call = None
+        if self._transport is not None:
+            self._transport.abort()
+
+    # --- asyncio.Protocol ----------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast("asyncio.Transport", transport)
+        sock = transport.get_extra_info("socket")
+        if sock is not None:  # a peer whose machine vanished fails its calls after about 1 min
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            for name, value in (("TCP_KEEPIDLE", 30), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 3)):
+                if hasattr(socket, name):
+                    sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+
+    def data_received(self, data: bytes) -> None:
+        if self._call is None:  # an answer that nobody asked for
+            self.drop()
+            return
+        self._received = True
+        try:
+            self._parser.feed_data(data)
+        except (httptools.HttpParserError, httptools.HttpParserUpgrade):
+            if not self._complete:
+                self._fail()
+                return
+            self._reusable = False  # whole, and then rubbish
+        self._deliver()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._transport = None
+        self._pool.forget(self)
+        call = self._call
+        if call is None:
+            return
+        if self._until_eof and exc is None:
+            self._complete = True
+            self._deliver()
+        elif self._fresh or self._received or not call.again():
+            self._fail()
+        self._call = None
+
+    def pause_writing(self) -> None:
+        if self._call is not None:
+            self._call.sink.pause_body()
+
+    def resume_writing(self) -> None:
+        if self._call is not None:
+            self._call.sink.resume_body()
+
+    def _fail(self) -> None:
+        call = self._call
+        self.drop()
+        if call is not None:
+            call.fail(Failure.BROKEN if call.started else Failure.LOST)
+
+    def _deliver(self) -> None:
+        """Hand what one read brought to the sink, in as few calls as possible."""
+        call = self._call
+        if call is None:
+            return
+        sink = call.sink
+        new_head, self._new_head = self._new_head, False
+        if new_head:
+            call.started = True
+            sink.head(self._status, self._headers)
+            if call.done:
+                return
+        pieces, self._pieces = self._pieces, []
+        piece = pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        if self._complete:
+            self._call = None
+            call.done = True
+            call.connection = None
+            self.resume()
+            if self._reusable and call.sent_all:
+                self._fresh = False
+                self._pool.put_back(self)
+            elif self._transport is not None:
+                self._transport.close()
+            sink.end(piece)
+        elif piece or new_head:
+            sink.body(piece)
+
+    # --- httptools -----------------------------------------------------------------------
+
+    def on_message_begin(self) -> None:
+        if self._complete:  # a second answer to one request
+            self._reusable = False
+            raise HttpError(502, "an answer that nobody asked for")
+        self._headers = []
+        self._head_bytes = 0
+        self._in_head = True
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if not self._in_head:
+            return  # a trailer
+        self._head_bytes += len(name) + len(value or b"")
+        if self._head_bytes > _HEAD_BYTES:
+            raise HttpError(502, "the answer's head is too large")
+        self._headers.append((name.lower(), value or b""))
+
+    def on_headers_complete(self) -> None:
+        self._in_head = False
+        status = self._parser.get_status_code()
+        if status == 101:
+            raise HttpError(502, "another protocol was not asked for")
+        if status < 200:
+            return
+        length, chunked = framing(self._headers)
+        self._status = status
+        self._new_head = True
+        if self._call is not None and self._call.method == "HEAD":
+            self._complete = True  # the parser would wait for a body: it is of no more use
+        elif length is None and not chunked and status not in (204, 304):
+            self._until_eof = True
+
+    def on_body(self, piece: bytes) -> None:
+        if not self._complete:
+            self._pieces.append(piece)
+
+    def on_message_complete(self) -> None:
+        if self._complete or not self._status:
+            return  # after a HEAD's answer, or an interim one
+        self._complete = True
+        self._reusable = bool(self._parser.should_keep_alive())
+
+
+class Pool:
+    """Kept-alive connections by address. Everything it starts belongs to `group`."""
+
+    def __init__(
+        self,
+        group: asyncio.TaskGroup,
+        *,
+        connect_timeout_s: float = 5.0,
+        idle_s: float = 60.0,
+        idle_max: int = 256,
+    ) -> None:
+        self._group = group
+        self._loop = asyncio.get_running_loop()
+        self._connect_timeout_s = connect_timeout_s
+        self._idle_s = idle_s
+        self._idle_max = idle_max
+        self._idle: dict[Address, list[Connection]] = {}
+        self._timer: asyncio.TimerHandle | None = None
+
+    def send(
+        self,
+        address: Address,
+        method: str,
+        target: bytes,
+        headers: Headers,
+        sink: Sink,
+        *,
+        body: bytes | None = b"",
+        chunked: bool = False,
+    ) -> Call:
+        """Send a request; the sink is called later, never from here.
+
+        Args:
+            headers: all but those that say how the body is framed.
+            body: whole, or None: it follows through the call's `write` and `finish`.
+            chunked: how a body that follows is framed; without, `headers` has its length.
+        """
+        call = Call(self, address, method, sink, chunked=chunked)
+        if body is not None:
+            if body or method in ("POST", "PUT", "PATCH"):
+                headers = [*headers, (b"content-length", b"%d" % len(body))]
+            call.sent_all = True
+        elif chunked:
+            headers = [*headers, (b"transfer-encoding", b"chunked")]
+        head = write_head(b"%b %b HTTP/1.1\r\n" % (method.encode(), target), headers)
+        if body and len(body) < _ONE_WRITE_BYTES:
+            call.put(head + body, keep=True)
+        else:
+            call.put(head, keep=True)
+            if body:
+                call.put(body, keep=True)
+        idle = self._idle.get(address)
+        while idle:
+            connection = idle.pop()
+            if connection.usable:
+                connection.begin(call)
+                return call
+        self.connect(address, call)
+        return call
+
+    def connect(self, address: Address, call: Call) -> None:
+        """Begin `call` on a connection of its own."""
+        self._group.create_task(self._connect(address, call))
+
+    async def _connect(self, address: Address, call: Call) -> None:
+        try:
+            async with asyncio.timeout(self._connect_timeout_s):
+                _, connection = await self._loop.create_connection(
+                    lambda: Connection(self, address), *address
+                )
+        except (OSError, TimeoutError):
+            connection = None
+        try:
+            if connection is None:
+                call.fail(Failure.UNCONNECTED)
+            elif call.done:
+                self.put_back(connection)
+            else:
+                connection.begin(call)
+        except Exception:  # a sink's mistake ends its own request, not the group's others
+            logger.exception("a request failed inside the gateway")
+            call.fail(Failure.LOST)
+
+    def put_back(self, connection: Connection) -> None:
+        if not connection.usable:
+            return
+        idle = self._idle.setdefault(connection.address, [])
+        if len(idle) >= self._idle_max:
+            connection.drop()
+            return
+        connection.idle_since = self._loop.time()
+        idle.append(connection)
+        if self._timer is None:
+            self._timer = self._loop.call_later(self._idle_s / 4, self._sweep)
+
+    def forget(self, connection: Connection) -> None:
+        idle = self._idle.get(connection.address)
+        if idle is not None and connection in idle:
+            idle.remove(connection)
+
+    def _sweep(self) -> None:
+        self._timer = None
+        old = self._loop.time() - self._idle_s
+        for address, idle in list(self._idle.items()):
+            for connection in [c for c in idle if c.idle_since <= old]:
+                idle.remove(connection)
+                connection.drop()
+            if not idle:
+                del self._idle[address]
+        if self._idle:
+            self._timer = self._loop.call_later(self._idle_s / 4, self._sweep)
+
+    def close(self) -> None:
+        """Close the connections that no call is using."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        for idle in self._idle.values():
+            for connection in idle[:]:
+                connection.drop()
+        self._idle.clear()
