@@ -1,0 +1,242 @@
+"""The loop that carries out decisions: engines are started, ended, adopted and reported on."""
+
+import asyncio
+import logging
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from gpustack.lib.logs import log_context
+from gpustack.schemas.instances import AssignedInstance, InstanceState, InstanceStatus
+from gpustack.schemas.watch import WatchEvent
+from gpustack.worker.desired import Desired
+from gpustack.worker.launches import Launches
+from gpustack.worker.ports import PortLeases
+from gpustack.worker.reconcile import (
+    Attempts,
+    Failure,
+    Policy,
+    Report,
+    Start,
+    Stop,
+    Trouble,
+    World,
+    after_failure,
+    decide,
+)
+from gpustack.worker.reports import Reports
+from gpustack.worker.supervisor.adoption import Found
+from gpustack.worker.supervisor.engine import Engine, Limits, Plan
+from gpustack.worker.supervisor.groups import end_group
+from gpustack.worker.supervisor.records import Record, Records
+
+logger = logging.getLogger(__name__)
+
+
+class Control:
+    """Owns the engines of this worker: one task of `group` each.
+
+    Cancelling the group lets go of all engines; `stop_all` ends them.
+    """
+
+    def __init__(
+        self,
+        group: asyncio.TaskGroup,
+        *,
+        desired: Desired,
+        records: Records,
+        launches: Launches,
+        leases: PortLeases,
+        policy: Policy,
+        limits: Limits,
+    ) -> None:
+        self._group = group
+        self._desired = desired
+        self._records = records
+        self._launches = launches
+        self._leases = leases
+        self._policy = policy
+        self._limits = limits
+        self._engines: dict[int, Engine] = {}
+        self._attempts: dict[int, Attempts] = {}
+        self._stopped: set[int] = set()
+        self._ports: dict[int, int] = {}
+        self._owners: set[asyncio.Task[None]] = set()
+        self._leaving = False
+        self._changed = asyncio.Event()
+        self._now = asyncio.get_running_loop().time
+        self.reports = Reports(self._forget, self._unknown)
+
+    def wake(self) -> None:
+        """Something changed: decide anew."""
+        self._changed.set()
+
+    def hear(self, event: WatchEvent) -> None:
+        """Take in one event of `Client.follow`."""
+        if (instance := self._desired.hear(event)) is not None:
+            self.reports.hear(instance)
+        elif event.id is not None and event.id not in self._engines:
+            self._forget(event.id)
+        self.wake()
+
+    def adopt(self, found: Found) -> None:
+        """Take over what an earlier agent left, before anything else is decided."""
+        for record in found.alive:
+            logger.info("adopting engine of %s, pid %d", record.instance_name, record.pid)
+            engine = self._engine(record.instance_id)
+            self._leases.hold(record.port)
+            self._ports[record.instance_id] = record.port
+            self._own(record.instance_id, record.generation, engine, engine.adopt(record))
+        for record in found.dead:
+            logger.info("the engine of %s ended while no agent ran", record.instance_name)
+            self._attempts.setdefault(record.instance_id, _ended_unseen(record))
+        for group in found.strays:
+            logger.warning("ending process group %d: an engine without a record", group)
+            ending = self._group.create_task(end_group(group, limit_s=self._limits.stop_s))
+            self._owners.add(ending)
+            ending.add_done_callback(self._owners.discard)
+
+    async def run(self) -> None:
+        """Decide and act at each change, until cancelled."""
+        while True:
+            self._changed.clear()
+            self._desired.save()
+            again_at = self._act()
+            try:
+                async with asyncio.timeout_at(again_at):
+                    await self._changed.wait()
+            except TimeoutError:
+                pass  # time alone has changed what to do
+
+    async def stop_all(self) -> None:
+        """End every engine, start no other, and say so; returns when all are gone."""
+        self._leaving = True
+        wanted = [id for id in self._engines if id in self._desired.instances]
+        for engine in self._engines.values():
+            engine.ask_to_stop()
+        for engine in list(self._engines.values()):
+            await engine.stop()
+        for id in wanted:
+            said = InstanceStatus(state=InstanceState.ERROR, state_message="its worker was stopped")
+            self.reports.put(id, said)
+
+    def let_go(self) -> None:
+        """Own no engine any more; those that run keep running."""
+        self._leaving = True
+        for owner in self._owners:
+            owner.cancel()
+
+    # --- carrying out ----------------------------------------------------------------------
+
+    def _act(self) -> float | None:
+        if self._leaving:
+            return None
+        decision = decide(
+            World(
+                desired=self._desired.instances,
+                synced=self._desired.synced,
+                engines={id: engine.observed for id, engine in self._engines.items()},
+                attempts=self._attempts,
+                stopped=self._stopped,
+                now=self._now(),
+            )
+        )
+        for action in decision.actions:
+            match action:
+                case Start(instance, restart_count):
+                    self._start(instance, restart_count)
+                case Stop(instance_id):
+                    self._engines[instance_id].ask_to_stop()
+                case Report(instance_id, status):
+                    self.reports.put(instance_id, status)
+        return decision.again_at
+
+    def _start(self, instance: AssignedInstance, restart_count: int) -> None:
+        engine = self._engine(instance.id)
+        self._stopped.discard(instance.id)
+
+        async def prepare(progress: Callable[[float], None]) -> Plan | Failure:
+            plan = await self._launches.plan(instance, restart_count, progress)
+            if isinstance(plan, Plan):
+                self._ports[instance.id] = plan.record.port
+            return plan
+
+        logger.info("starting %s", instance.name)
+        work = engine.start(prepare, restart_count)
+        self._own(instance.id, instance.generation, engine, work)
+        self.wake()  # its first state is news
+
+    def _engine(self, instance_id: int) -> Engine:
+        engine = self._engines[instance_id] = Engine(self._records, self._limits, self.wake)
+        return engine
+
+    def _own(
+        self,
+        instance_id: int,
+        generation: int,
+        engine: Engine,
+        work: Coroutine[Any, Any, Failure | None],
+    ) -> None:
+        owner = self._group.create_task(self._until_gone(instance_id, generation, engine, work))
+        self._owners.add(owner)
+        owner.add_done_callback(self._owners.discard)
+
+    async def _until_gone(
+        self,
+        instance_id: int,
+        generation: int,
+        engine: Engine,
+        work: Coroutine[Any, Any, Failure | None],
+    ) -> None:
+        with log_context(instance=instance_id):
+            try:
+                failure = await work
+            except Exception as error:  # one engine's trouble must not end the others
+                logger.exception("the owner of an engine failed")
+                failure = Failure(Trouble.SPAWN, f"the agent failed: {error!r}")
+            if (port := self._ports.pop(instance_id, None)) is not None:
+                self._leases.release(port)
+            del self._engines[instance_id]
+            if failure is None:
+                logger.info("stopped")
+                self._stopped.add(instance_id)
+            else:
+                logger.warning("failed: %s", failure.message)
+                self._failed(instance_id, generation, engine, failure)
+            self.wake()
+
+    def _failed(self, instance_id: int, generation: int, engine: Engine, failure: Failure) -> None:
+        self._attempts[instance_id] = after_failure(
+            self._attempts.get(instance_id),
+            failure,
+            generation=generation,
+            restart_count=engine.observed.restart_count,
+            now=self._now(),
+            policy=self._policy,
+        )
+
+    def _forget(self, instance_id: int) -> None:
+        """The server knows that it is gone."""
+        self._attempts.pop(instance_id, None)
+        self._stopped.discard(instance_id)
+        if instance_id not in self._desired.instances:
+            self.reports.forget(instance_id)
+
+    def _unknown(self, instance_id: int) -> None:
+        """The server does not know it: what runs for it is ended."""
+        self._desired.drop(instance_id)
+        self.wake()
+
+
+def _ended_unseen(record: Record) -> Attempts:
+    """An engine that ended while no agent watched is started again at once."""
+    sentence = "the engine ended while no agent ran"
+    return Attempts(
+        generation=-1,  # of no instance: nothing is held against the next start
+        failures=0,
+        alike=0,
+        failure=Failure(Trouble.EXITED, sentence),
+        message=sentence,
+        retry_at=0.0,
+        restart_count=record.restart_count,
+        next_count=record.restart_count + 1,
+    )

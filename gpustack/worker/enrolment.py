@@ -1,0 +1,157 @@
+"""How this worker becomes, and stays, a member of its cluster."""
+
+import asyncio
+import logging
+import socket
+from pathlib import Path
+
+from pydantic import BaseModel, ValidationError
+
+from gpustack import __version__
+from gpustack.client import Client
+from gpustack.config.options import Settings
+from gpustack.errors import Forbidden, GPUStackError, Unauthorized, Unavailable
+from gpustack.lib import platform
+from gpustack.lib.backoff import delay_s
+from gpustack.lib.net import address_towards
+from gpustack.lib.secrets import new_secret
+from gpustack.lib.units import GIB
+from gpustack.schemas.workers import Registered, Registration
+from gpustack.worker.detectors import host
+
+logger = logging.getLogger(__name__)
+
+
+class Membership(BaseModel):
+    """`<data-dir>/worker_credential`, mode 0600: who this worker is to its cluster."""
+
+    worker_id: int
+    credential: str
+    agent_secret: str
+    cluster_id: str
+
+
+def load_membership(data_dir: Path) -> Membership | None:
+    path = data_dir / "worker_credential"
+    try:
+        return Membership.model_validate_json(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValidationError) as error:
+        logger.warning("cannot read %s, registering anew: %s", path, type(error).__name__)
+        return None
+
+
+def save_membership(data_dir: Path, membership: Membership) -> None:
+    platform.write_private(data_dir / "worker_credential", membership.model_dump_json())
+
+
+def registration(settings: Settings, server_url: str) -> Registration:
+    """What this machine says of itself. The run id is new at each call: one per agent life."""
+    # A name in another encoding than the system's must not keep the machine out.
+    hostname = socket.gethostname().encode(errors="replace").decode()
+    return Registration(
+        name=settings.worker_name or hostname or "worker",
+        hostname=hostname,
+        machine_id=platform.machine_id(),
+        boot_id=platform.boot_id(),
+        run_id=new_secret(),
+        address=settings.advertise_address or address_towards(server_url),
+        port=settings.worker_port,
+        labels={"os": host.os_name(), "arch": host.arch(), **settings.labels},
+        system_reserved_ram_bytes=int(settings.system_reserved.ram * GIB),
+        system_reserved_vram_bytes=int(settings.system_reserved.vram * GIB),
+        version=__version__,
+    )
+
+
+class Enrolment:
+    """Registers with the join token once, then announces itself with the credential it got.
+
+    Attributes:
+        membership: as the server confirmed it last; None until this worker has ever joined.
+    """
+
+    def __init__(
+        self,
+        *,
+        data_dir: Path,
+        server_url: str,
+        join_token: str,
+        registration: Registration,
+        first_s: float = 0.1,
+        limit_s: float = 10.0,
+        refused_s: float = 60.0,
+    ) -> None:
+        self.registration = registration
+        self.membership = load_membership(data_dir)
+        self._data_dir = data_dir
+        self._url = server_url
+        self._token = join_token
+        self._first_s, self._limit_s, self._refused_s = first_s, limit_s, refused_s
+        self._registered_again = False
+        self._foreign: str | None = None
+
+    async def join(self) -> Membership:
+        """Return once the server has confirmed this worker; tries for ever.
+
+        A refusal stops nothing that runs: it is logged, and asked again every `refused_s`.
+        """
+        failures, said = 0, ""
+        while True:
+            try:
+                return await self._attempt()
+            except Unavailable as error:
+                failures += 1
+                wait_s = delay_s(failures, first_s=self._first_s, limit_s=self._limit_s)
+                why = str(error)
+            except GPUStackError as error:
+                wait_s, why = self._refused_s, str(error)
+            if why != said:
+                logger.warning("cannot join the cluster, trying again: %s", why)
+                said = why
+            await asyncio.sleep(wait_s)
+
+    async def _attempt(self) -> Membership:
+        known = self.membership
+        if known is None:
+            return self._accept(await self._register())
+        try:
+            async with Client(self._url, known.credential) as client:
+                return self._accept(await client.announce(known.worker_id, self.registration))
+        except Unauthorized:
+            # Once: two agents with one name would else take it from each other for ever.
+            if self._registered_again:
+                raise Unauthorized(
+                    self._foreign
+                    or f"the server at {self._url} does not know this worker's credential, also "
+                    "after it registered again"
+                ) from None
+        answer = await self._register()
+        self._registered_again = True
+        return self._accept(answer)
+
+    async def _register(self) -> Registered:
+        async with Client(self._url, self._token) as client:
+            return await client.register(self.registration)
+
+    def _accept(self, answer: Registered) -> Membership:
+        known = self.membership
+        if known is not None and known.cluster_id != answer.cluster_id:
+            self._foreign = (
+                f"the server at {self._url} is of cluster {answer.cluster_id}, this worker of "
+                f"cluster {known.cluster_id}: it does not join, and what runs keeps running; to "
+                f"move it, stop it and delete {self._data_dir / 'worker_credential'}"
+            )
+            raise Forbidden(self._foreign)
+        credential = answer.credential or (known.credential if known else "")
+        membership = Membership(
+            worker_id=answer.worker_id,
+            credential=credential,
+            agent_secret=answer.agent_secret,
+            cluster_id=answer.cluster_id,
+        )
+        if membership != known:
+            save_membership(self._data_dir, membership)
+            self.membership = membership
+        return membership

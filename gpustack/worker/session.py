@@ -1,0 +1,134 @@
+"""The talk with the server while it knows this worker: heartbeats, status, watch, reports."""
+
+import asyncio
+import logging
+from contextlib import aclosing
+from dataclasses import dataclass
+
+from gpustack.client import Client
+from gpustack.errors import Conflict, Forbidden, GPUStackError, Unauthorized
+from gpustack.lib.tasks import forever
+from gpustack.schemas import wire
+from gpustack.schemas.workers import Heartbeat, Registration
+from gpustack.worker import detectors
+from gpustack.worker.control import Control
+from gpustack.worker.enrolment import Enrolment, Membership
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Rhythm:
+    """Seconds between what is said.
+
+    Attributes:
+        heartbeat_s: the server counts silence in tens of seconds.
+        look_s: between two looks at what the worker has; a change is told at once.
+        status_s: between two statuses without a change.
+        again_s: from a credential's refusal to the next attempt to join.
+        refused_s: the same, where the credential is known and may not do this.
+    """
+
+    heartbeat_s: float = 10.0
+    look_s: float = 10.0
+    status_s: float = 30.0
+    again_s: float = 1.0
+    refused_s: float = 60.0
+
+
+class Session:
+    """Keeps the server informed, and this worker, whatever happens in between."""
+
+    def __init__(self, url: str, enrolment: Enrolment, control: Control, rhythm: Rhythm) -> None:
+        self._url = url
+        self._enrolment = enrolment
+        self._control = control
+        self._rhythm = rhythm
+        self._membership: Membership | None = None
+
+    async def run(self) -> None:
+        """Join and talk, for ever; engines run on whatever happens here."""
+        await forever("session with the server", self._once, every_s=self._rhythm.again_s)
+
+    async def _once(self) -> None:
+        membership = await self._enrolment.join()
+        self._membership = membership
+        logger.info("worker %d of cluster %s", membership.worker_id, membership.cluster_id)
+        refused = await self._until_refused(membership)
+        logger.warning("the server refuses this worker's credential: %s", refused)
+        if isinstance(refused, Forbidden):
+            await asyncio.sleep(self._rhythm.refused_s)
+
+    async def farewell(self, *, limit_s: float) -> None:
+        """Say the last things, if the server answers within `limit_s` seconds."""
+        if self._membership is None:
+            return
+        try:
+            async with (
+                asyncio.timeout(limit_s),
+                Client(self._url, self._membership.credential) as client,
+            ):
+                await self._control.reports.send_pending(client)
+        except (TimeoutError, GPUStackError) as error:
+            logger.info("the server did not hear our last reports: %r", error)
+
+    async def _until_refused(self, membership: Membership) -> GPUStackError:
+        async with Client(self._url, membership.credential) as client:
+            try:
+                async with asyncio.TaskGroup() as group:
+                    group.create_task(self._watch(client))
+                    group.create_task(self._control.reports.send(client))
+                    group.create_task(self._status(client, membership.worker_id))
+                    group.create_task(self._heartbeats(client, membership.worker_id))
+            except* (Unauthorized, Forbidden) as refusals:
+                refusal = refusals.exceptions[0]
+        return refusal if isinstance(refusal, GPUStackError) else Unauthorized()
+
+    async def _watch(self, client: Client) -> None:
+        async with aclosing(client.follow([wire.INSTANCES])) as events:
+            async for event in events:
+                self._control.hear(event)
+
+    async def _heartbeats(self, client: Client, worker_id: int) -> None:
+        beat = _beat(self._enrolment.registration)
+        said = ""
+        while True:
+            why = ""
+            try:
+                await client.heartbeat(worker_id, beat)
+            except (Unauthorized, Forbidden):
+                raise
+            except Conflict as error:
+                why = f"another machine or process uses this worker's credential: {error}"
+            except GPUStackError as error:
+                why = f"the server does not hear us: {error}"
+            if why and why != said:
+                logger.warning("%s", why)
+            said = why
+            await asyncio.sleep(self._rhythm.heartbeat_s)
+
+    async def _status(self, client: Client, worker_id: int) -> None:
+        loop = asyncio.get_running_loop()
+        told: dict[str, object] | None = None
+        told_at = 0.0
+        while True:
+            status = await detectors.detect()
+            facts = status.facts()
+            if facts != told or loop.time() - told_at >= self._rhythm.status_s:
+                try:
+                    await client.report_worker(worker_id, status)
+                except (Unauthorized, Forbidden):
+                    raise
+                except GPUStackError as error:
+                    logger.debug("status not told: %s", error)
+                else:
+                    told, told_at = facts, loop.time()
+            await asyncio.sleep(self._rhythm.look_s)
+
+
+def _beat(registration: Registration) -> Heartbeat:
+    return Heartbeat(
+        machine_id=registration.machine_id,
+        boot_id=registration.boot_id,
+        run_id=registration.run_id,
+    )

@@ -1,0 +1,60 @@
+"""Finding the engines that an earlier agent of this data directory left running."""
+
+import logging
+from dataclasses import dataclass
+
+from gpustack.lib import platform
+from gpustack.worker.supervisor.groups import groups_by_uid
+from gpustack.worker.supervisor.records import UID_VARIABLE, Record, Records
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What an earlier agent left.
+
+    Attributes:
+        alive: engines to adopt; each record has a pid, one per instance.
+        dead: records whose engine is gone; they are removed from disk.
+        strays: process groups of engines that nobody has a record of.
+    """
+
+    alive: list[Record]
+    dead: list[Record]
+    strays: set[int]
+
+
+def find(records: Records) -> Found:
+    """Look for engines by their records and by what their environment says.
+
+    A process counts as an engine only if pid, start time, boot and uid agree; a pid alone is used
+    again by others. A record without a pid is completed with the process that carries its uid.
+    """
+    groups = groups_by_uid(records.home)
+    alive: dict[int, Record] = {}
+    dead: list[Record] = []
+    for record in records.all():
+        found = record if record.is_alive else _leader(record, groups.get(record.uid, set()))
+        if found is None or record.instance_id in alive:
+            dead.append(record)
+            records.remove(record.uid)
+            continue
+        if found is not record:
+            records.put(found)
+        alive[record.instance_id] = found
+    known = {record.uid for record in alive.values()}
+    strays = {group for uid, ours in groups.items() if uid not in known for group in ours}
+    return Found(list(alive.values()), dead, strays)
+
+
+def _leader(record: Record, groups: set[int]) -> Record | None:
+    """A record without a pid, with the engine's first process in it; None: there is none."""
+    if record.pid is not None:
+        return None
+    for pid in sorted(groups):
+        ticks = platform.start_ticks(pid)
+        if ticks and platform.process_environment(pid).get(UID_VARIABLE) == record.uid:
+            started = {"pid": pid, "start_ticks": ticks, "boot_id": platform.boot_id()}
+            return record.model_copy(update=started)
+    return None

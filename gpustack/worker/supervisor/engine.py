@@ -1,0 +1,300 @@
+"""One engine, owned by one task from its spawn to the end of its last process."""
+
+import asyncio
+import contextlib
+import os
+import signal
+import subprocess
+from collections.abc import Callable, Coroutine, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from gpustack.lib import platform
+from gpustack.lib.net import can_bind
+from gpustack.lib.secrets import Secret
+from gpustack.worker.ports import LOOPBACK
+from gpustack.worker.reconcile import Failure, Observed, Phase, Trouble
+from gpustack.worker.supervisor.engine_log import last_words, start_log
+from gpustack.worker.supervisor.groups import end_group, groups_by_uid
+from gpustack.worker.supervisor.health import answers
+from gpustack.worker.supervisor.records import Record, Records, pid_of
+
+T = TypeVar("T")
+
+#: Seconds between questions to an engine that starts: it may answer 15 ms after its spawn.
+FIRST_POLL_S, SLOWEST_POLL_S = 0.01, 0.5
+#: Seconds between two reports of a download's progress.
+PROGRESS_EVERY_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How long an engine may take, seconds.
+
+    Attributes:
+        start_s: from its spawn to its first answer.
+        stop_s: from SIGTERM to SIGKILL.
+        poll_s: between two questions whether it still answers.
+        misses: unanswered questions in a row that make it unhealthy.
+    """
+
+    start_s: float = 600.0
+    stop_s: float = 10.0
+    poll_s: float = 5.0
+    misses: int = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A process to start, ready to be spawned.
+
+    Attributes:
+        record: without a pid.
+        environment: all of it.
+    """
+
+    record: Record
+    environment: Mapping[str, str]
+    secret: Secret
+
+
+Prepare = Callable[[Callable[[float], None]], Coroutine[Any, Any, Plan | Failure]]
+
+
+class Engine:
+    """An engine and what is seen of it.
+
+    Exactly one of `start` and `adopt` is run, by a task of its own. Cancelling that task lets go
+    of the engine, which keeps running; `stop` ends it.
+
+    Args:
+        changed: told, without arguments, each time `observed` is another.
+    """
+
+    def __init__(self, records: Records, limits: Limits, changed: Callable[[], None]) -> None:
+        self.observed = Observed(Phase.STARTING)
+        self._records = records
+        self._limits = limits
+        self._changed = changed
+        self._stop = asyncio.Event()
+        self._done = asyncio.Event()
+        self._running_since: float | None = None
+        self._progress_at: float | None = None
+
+    @property
+    def is_stopping(self) -> bool:
+        return self._stop.is_set()
+
+    async def stop(self) -> None:
+        """Return when no process of the engine is alive, or its owner has let go of it."""
+        self._stop.set()
+        await self._done.wait()
+
+    def ask_to_stop(self) -> None:
+        """Like `stop`, without waiting."""
+        self._stop.set()
+
+    async def start(self, prepare: Prepare, restart_count: int) -> Failure | None:
+        """Run a new engine until it is gone: None if it was told to stop, else why it failed.
+
+        Args:
+            prepare: fetches files and chooses a port; is told how to show progress, percent.
+        """
+        self._see(restart_count=restart_count)
+        try:
+            plan = await self._unless_stopped(prepare(self._fetching))
+            if plan is None or isinstance(plan, Failure):
+                return plan
+            self._see(phase=Phase.STARTING, progress=None, port=plan.record.port)
+            try:
+                child, record = self._spawn(plan)
+            except OSError as error:
+                self._records.remove(plan.record.uid)
+                command = plan.record.argv[0]
+                return Failure(Trouble.SPAWN, f"cannot run {command}: {error.strerror or error}")
+            return await self._tend(record, plan.secret, child)
+        finally:
+            self._done.set()
+
+    async def adopt(self, record: Record) -> Failure | None:
+        """Own a running engine that another agent started, as `start` does from its spawn on."""
+        self._see(
+            phase=Phase.ADOPTED,
+            port=record.port,
+            pid=record.pid,
+            restart_count=record.restart_count,
+        )
+        try:
+            return await self._tend(record, record.secret(), None)
+        finally:
+            self._done.set()
+
+    # --- parts of the owner's task ---------------------------------------------------------
+
+    def _see(self, **now: Any) -> None:
+        self.observed = replace(self.observed, **now)
+        self._changed()
+
+    def _fetching(self, percent: float) -> None:
+        now = asyncio.get_running_loop().time()
+        if self._progress_at is None or now - self._progress_at >= PROGRESS_EVERY_S:
+            self._progress_at = now
+            self._see(phase=Phase.DOWNLOADING, progress=percent)
+
+    async def _unless_stopped(self, work: Coroutine[Any, Any, T]) -> T | None:
+        async with asyncio.TaskGroup() as group:
+            worked = group.create_task(work)
+            stopped = group.create_task(self._stop.wait())
+            await asyncio.wait({worked, stopped}, return_when=asyncio.FIRST_COMPLETED)
+            stopped.cancel()
+            worked.cancel()
+        return None if worked.cancelled() or self._stop.is_set() else worked.result()
+
+    def _spawn(self, plan: Plan) -> tuple["subprocess.Popen[bytes]", Record]:
+        """Start the process. Nothing can come between the spawn and its record: no await."""
+        record = plan.record
+        self._records.put_secret(record.uid, plan.secret)
+        self._records.put(record)
+        log = start_log(Path(record.log_file))
+        try:
+            child = subprocess.Popen(
+                record.argv,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env={**plan.environment, **self._records.environment(record.uid)},
+                start_new_session=True,
+            )
+        finally:
+            os.close(log)
+        started = {"pid": child.pid, "start_ticks": platform.start_ticks(child.pid)}
+        record = record.model_copy(update=started)
+        try:
+            self._records.put(record)
+        except OSError:  # a full disk: an engine that cannot be found again must not live
+            platform.kill_group(child.pid, force=True)
+            child.wait()
+            raise
+        self._see(pid=child.pid)
+        return child, record
+
+    async def _tend(
+        self, record: Record, secret: Secret, child: "subprocess.Popen[bytes] | None"
+    ) -> Failure | None:
+        try:
+            failure = await self._until_over(record, secret, child)
+        except asyncio.CancelledError:
+            if child is not None:
+                child.returncode = 0  # let go: Popen's finaliser would complain about it
+            raise
+        except BaseException:
+            await self._end(record, child)
+            raise
+        if failure is not None:
+            words = last_words(Path(record.log_file), secret=secret.reveal())
+            failure = replace(failure, last_words=words)
+        # An early exit may turn out to be about a port only: that is no news for anybody.
+        shown = None if failure and _may_be_port(failure) else failure
+        self._see(phase=Phase.ENDING, failure=shown)
+        await self._end(record, child)
+        if failure is not None and _port_was_taken(failure, record.port):
+            failure = Failure(Trouble.PORT_TAKEN, f"another program took port {record.port} first")
+        self._records.remove(record.uid)
+        return None if self._stop.is_set() else failure
+
+    async def _until_over(
+        self, record: Record, secret: Secret, child: "subprocess.Popen[bytes] | None"
+    ) -> Failure | None:
+        """Wait until it exits, fails or is to stop; None: it is to stop."""
+        async with asyncio.TaskGroup() as group:
+            exited = group.create_task(platform.wait_exit(pid_of(record)))
+            stopped = group.create_task(self._stop.wait())
+            probed = group.create_task(self._probe(record, secret))
+            waiting: set[asyncio.Task[Any]] = {exited, stopped, probed}
+            await asyncio.sleep(0)  # now the exit is watched: what lives from here on is seen
+            gone = child is None and not record.is_alive
+            if not gone:
+                await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            for task in waiting:
+                task.cancel()
+        if self._stop.is_set():
+            return None
+        if gone or not exited.cancelled():
+            return self._exit_failure(child)
+        return probed.result()
+
+    def _exit_failure(self, child: "subprocess.Popen[bytes] | None") -> Failure:
+        ran_s = self._ran_s()
+        when = "" if ran_s is not None or child is None else " before it answered"
+        code = child.poll() if child else None
+        if child is None:
+            how = "exited with an unknown code: an earlier agent had started it"
+        elif code is not None and code < 0:
+            how = f"was ended by signal {-code} ({signal.Signals(-code).name})"
+        else:
+            how = f"exited with code {code}"
+        return Failure(Trouble.EXITED, f"the engine {how}{when}", code=code, ran_s=ran_s)
+
+    async def _probe(self, record: Record, secret: Secret) -> Failure:
+        """Ask the engine whether it answers, until it should and does not."""
+        loop = asyncio.get_running_loop()
+        if not record.ready:
+            deadline, wait_s = loop.time() + self._limits.start_s, FIRST_POLL_S
+            while not await answers(record.port, record.health_path, secret):
+                if loop.time() >= deadline:
+                    return Failure(
+                        Trouble.NOT_READY,
+                        f"the engine did not answer within {self._limits.start_s:g} s",
+                    )
+                await asyncio.sleep(wait_s)
+                wait_s = min(wait_s * 1.5, SLOWEST_POLL_S)
+            self._running()
+            with contextlib.suppress(OSError):  # a full disk: adopted, it would count as starting
+                self._records.put(record.model_copy(update={"ready": True}))
+        misses = 0
+        while misses < self._limits.misses:
+            if await answers(record.port, record.health_path, secret):
+                misses = 0
+                self._running()
+            else:
+                misses += 1
+            await asyncio.sleep(self._limits.poll_s)
+        return Failure(
+            Trouble.UNHEALTHY,
+            f"the engine did not answer {misses} times in a row",
+            ran_s=self._ran_s() or 0.0,
+        )
+
+    def _running(self) -> None:
+        if self.observed.phase is not Phase.RUNNING:
+            self._running_since = asyncio.get_running_loop().time()
+            self._see(phase=Phase.RUNNING)
+
+    def _ran_s(self) -> float | None:
+        if self._running_since is None:
+            return None
+        return asyncio.get_running_loop().time() - self._running_since
+
+    async def _end(self, record: Record, child: "subprocess.Popen[bytes] | None") -> None:
+        """End every process of the engine, also those that left its group."""
+        limit_s = self._limits.stop_s
+        if record.is_alive or (child is not None and child.returncode is None):
+            reap = child.poll if child else None
+            await end_group(pid_of(record), limit_s=limit_s, reap=reap)
+        # Once its leader is reaped a group's number may be another's: what is left of ours is
+        # known by the environment.
+        for group in groups_by_uid(self._records.home).get(record.uid, set()):
+            await end_group(group, limit_s=limit_s)
+
+
+def _port_was_taken(failure: Failure, port: int) -> bool:
+    """Whether the engine ended because something else listens on its port. It is gone by now."""
+    if not _may_be_port(failure):
+        return False
+    said_so = "address already in use" in failure.last_words.lower()
+    return said_so or not can_bind(LOOPBACK, port)
+
+
+def _may_be_port(failure: Failure) -> bool:
+    return failure.trouble is Trouble.EXITED and failure.ran_s is None

@@ -1,0 +1,62 @@
+"""Process groups of engines: which are left, and their end."""
+
+import asyncio
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from gpustack.lib import platform
+from gpustack.worker.supervisor.records import HOME_VARIABLE, UID_VARIABLE
+
+
+def groups_by_uid(home: Path) -> dict[str, set[int]]:
+    """Engine uid -> process groups in which a live process carries it, for engines of `home`.
+
+    Never our own group, whatever its environment says.
+    """
+    found: dict[str, set[int]] = {}
+    own = os.getpgrp()
+    for pid in platform.live_pids():
+        environment = platform.process_environment(pid)
+        uid = environment.get(UID_VARIABLE)
+        if not uid or environment.get(HOME_VARIABLE) != os.fspath(home):
+            continue
+        try:
+            group = os.getpgid(pid)
+        except ProcessLookupError:
+            continue
+        if group > 1 and group != own:
+            found.setdefault(uid, set()).add(group)
+    return found
+
+
+async def end_group(
+    group: int, *, limit_s: float, reap: Callable[[], object] | None = None
+) -> None:
+    """Return when no process of `group` is alive: asked first, made to after `limit_s` seconds.
+
+    Args:
+        reap: collects the group's leader if it is a child of ours and has exited.
+    """
+    platform.kill_group(group, force=False)
+    if await _gone(group, limit_s, reap):
+        return
+    platform.kill_group(group, force=True)
+    # A process that survives SIGKILL hangs in the kernel. There is nothing else to do than wait:
+    # its port and memory are in use until then.
+    while not await _gone(group, limit_s, reap):
+        platform.kill_group(group, force=True)
+
+
+async def _gone(group: int, limit_s: float, reap: Callable[[], object] | None) -> bool:
+    wait_s, loop = 0.005, asyncio.get_running_loop()
+    deadline = loop.time() + limit_s
+    while True:
+        if reap:
+            reap()
+        if not platform.group_alive(group):
+            return True
+        if loop.time() >= deadline:
+            return False
+        await asyncio.sleep(wait_s)
+        wait_s = min(wait_s * 1.5, 0.1)

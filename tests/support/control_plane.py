@@ -1,0 +1,235 @@
+"""A control plane for agents to talk to: the API they use, over a real socket, without a database.
+
+Tests change what is desired with `assign`, `change` and `remove`, and read what was reported.
+"""
+
+import asyncio
+import json
+import re
+import socket
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime
+from typing import Any
+
+from gpustack.forward.listener import Exchange, Server, asynchronous
+from gpustack.lib.secrets import new_secret
+from gpustack.schemas import wire
+from gpustack.schemas.instances import AssignedInstance, InstanceState, InstanceStatus
+from gpustack.schemas.models import VersionSpec
+from gpustack.schemas.workers import Heartbeat, Registration, WorkerStatus
+
+JOIN_TOKEN = "join-token-of-the-cluster"
+BEAT_S = 1.0
+
+
+def assigned(id: int, spec: VersionSpec, **more: Any) -> AssignedInstance:
+    """An instance as a worker is sent it."""
+    now = datetime.now(UTC)
+    facts: dict[str, Any] = {
+        "name": f"m-{id:05d}",
+        "model_id": 1,
+        "model_name": "m",
+        "model_generation": 1,
+        "generation": 1,
+        "worker_id": 1,
+        "state": InstanceState.SCHEDULED,
+        "secret": new_secret(),
+        "created_at": now,
+        "updated_at": now,
+    }
+    return AssignedInstance(id=id, spec=spec, **{**facts, **more})
+
+
+class ControlPlane:
+    """What the server knows, and what it was told.
+
+    Attributes:
+        reports: (instance id, status) in the order they came.
+        refuse: HTTP status per request path pattern, to play a server in trouble.
+    """
+
+    def __init__(self, port: int) -> None:
+        self.url = f"http://127.0.0.1:{port}"
+        self.cluster_id = "cluster-a"
+        self.credential = new_secret()
+        self.agent_secret = new_secret()
+        self.worker_id = 1
+        self.revision = 1
+        self.instances: dict[int, AssignedInstance] = {}
+        self.registrations: list[Registration] = []
+        self.announcements: list[Registration] = []
+        self.heartbeats: list[Heartbeat] = []
+        self.statuses: list[WorkerStatus] = []
+        self.reports: list[tuple[int, InstanceStatus]] = []
+        self.refuse: dict[str, int] = {}
+        self.watches = 0
+        self._changes: list[dict[str, Any]] = []
+        self._news = asyncio.Condition()
+
+    # --- what tests do -------------------------------------------------------------------
+
+    async def assign(self, instance: AssignedInstance) -> None:
+        self.instances[instance.id] = instance
+        await self._tell("put", instance.id)
+
+    async def change(self, id: int, **facts: Any) -> None:
+        self.instances[id] = self.instances[id].model_copy(update=facts)
+        await self._tell("put", id)
+
+    async def remove(self, id: int) -> None:
+        del self.instances[id]
+        await self._tell("delete", id)
+
+    async def until(self, true: Callable[[], Any], *, limit_s: float = 10.0) -> None:
+        """Return once `true()` holds; looks after each request that came in."""
+        async with asyncio.timeout(limit_s), self._news:
+            await self._news.wait_for(true)
+
+    async def until_state(
+        self, id: int, state: InstanceState, *, after: int = 0, limit_s: float = 10.0
+    ) -> InstanceStatus:
+        """The first report of `state` among those from position `after` on."""
+
+        def found() -> InstanceStatus | None:
+            of = (status for who, status in self.reports[after:] if who == id)
+            return next((status for status in of if status.state is state), None)
+
+        await self.until(found, limit_s=limit_s)
+        status = found()
+        assert status is not None
+        return status
+
+    def states(self, id: int) -> list[InstanceState]:
+        """The states reported of an instance, repetitions left out."""
+        states = [status.state for who, status in self.reports if who == id]
+        return [s for i, s in enumerate(states) if i == 0 or states[i - 1] is not s]
+
+    # --- the API --------------------------------------------------------------------------
+
+    async def answer(self, exchange: Exchange) -> None:
+        body = json.loads(await exchange.read(1 << 20) or b"null")
+        path, ok = exchange.path, True
+        for pattern, status in self.refuse.items():
+            if re.fullmatch(pattern, f"{exchange.method} {path}"):
+                _fail(exchange, status)
+                return
+        token = (exchange.header(b"authorization") or b"").decode().removeprefix("Bearer ")
+        if path == "/v2/workers/register":
+            ok = token == JOIN_TOKEN
+        elif token != self.credential:
+            ok = False
+        if not ok:
+            _fail(exchange, 401)
+        elif path == "/v2/watch":
+            await self._watch(exchange)
+        else:
+            self._hear(exchange, path, body)
+            async with self._news:
+                self._news.notify_all()
+
+    def _hear(self, exchange: Exchange, path: str, body: Any) -> None:
+        if path == "/v2/workers/register":
+            self.registrations.append(Registration.model_validate(body))
+            self.credential = new_secret()
+            self._registered(exchange, self.credential)
+        elif path.endswith("/registration"):
+            self.announcements.append(Registration.model_validate(body))
+            self._registered(exchange, None)
+        elif path.endswith("/heartbeat"):
+            self.heartbeats.append(Heartbeat.model_validate(body))
+            exchange.respond(204)
+        elif path.startswith("/v2/workers/"):
+            self.statuses.append(WorkerStatus.model_validate(body))
+            exchange.respond(204)
+        else:
+            self._report(exchange, int(path.split("/")[3]), InstanceStatus.model_validate(body))
+
+    def _registered(self, exchange: Exchange, credential: str | None) -> None:
+        answer = {
+            "worker_id": self.worker_id,
+            "cluster_id": self.cluster_id,
+            "credential": credential,
+            "agent_secret": self.agent_secret,
+        }
+        exchange.respond_json(200, answer)
+
+    def _report(self, exchange: Exchange, id: int, status: InstanceStatus) -> None:
+        self.reports.append((id, status))
+        known = self.instances.get(id)
+        if known is None:
+            _fail(exchange, 404)
+            return
+        if status.state is InstanceState.GONE:
+            del self.instances[id]
+            self._change("delete", id)
+        elif not known.deleting:
+            self.instances[id] = known.model_copy(update=status.model_dump())
+            self._change("put", id)
+        exchange.respond(204)
+
+    async def _watch(self, exchange: Exchange) -> None:
+        self.watches += 1
+        exchange.endless = True
+        exchange.start(200, [(b"content-type", b"application/x-ndjson")])
+        since = re.search(r"since=a\.(\d+)", exchange.query)
+        sent = self.revision
+        if since:
+            sent = int(since[1])
+        else:
+            for id in sorted(self.instances):
+                await exchange.send(_line(self._event("put", id)))
+        await exchange.send(_line({"type": "synced", "cursor": f"a.{sent}"}))
+        while True:
+            for change in [c for c in self._changes if c["revision"] > sent]:
+                await exchange.send(_line(change))
+            sent = self.revision
+            try:
+                async with asyncio.timeout(BEAT_S), self._news:
+                    await self._news.wait_for(lambda: self.revision > sent)  # noqa: B023
+            except TimeoutError:
+                await exchange.send(_line({"type": "heartbeat", "cursor": f"a.{sent}"}))
+
+    async def _tell(self, type: str, id: int) -> None:
+        self._change(type, id)
+        async with self._news:
+            self._news.notify_all()
+
+    def _change(self, type: str, id: int) -> None:
+        self.revision += 1
+        self._changes.append({**self._event(type, id), "revision": self.revision})
+
+    def _event(self, type: str, id: int) -> dict[str, Any]:
+        instance = self.instances.get(id)
+        return {
+            "type": type,
+            "kind": wire.INSTANCES,
+            "id": id,
+            "cursor": f"a.{self.revision}",
+            "data": json.loads(instance.model_dump_json()) if instance else None,
+        }
+
+
+def _line(event: dict[str, Any]) -> bytes:
+    return json.dumps(event).encode() + b"\n"
+
+
+def _fail(exchange: Exchange, status: int) -> None:
+    codes = {401: "unauthorized", 403: "forbidden", 404: "not_found", 409: "conflict"}
+    code = codes.get(status, "unavailable")
+    exchange.respond_json(status, {"code": code, "message": f"refused: {code}", "detail": {}})
+
+
+@asynccontextmanager
+async def listening(plane: ControlPlane, port: int) -> AsyncIterator[Server]:
+    """`plane` answers on loopback `port` until the context ends; again in a later one."""
+    async with asyncio.TaskGroup() as group:
+        server = Server(asynchronous(plane.answer, group))
+        sock = socket.socket()
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(("127.0.0.1", port))
+        await server.listen(sock)
+        try:
+            yield server
+        finally:
+            server.close()
