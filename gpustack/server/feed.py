@@ -24,7 +24,7 @@ POLL_S = 5.0
 Key = tuple[str, int]  # kind, id
 
 
-@dataclass
+@dataclass(eq=False)
 class Subscription:
     """One watch: what it has not been sent yet."""
 

@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from typing import Any, NewType, TypeVar
 
-from sqlalchemy import event, insert, update
+from sqlalchemy import event, update
 from sqlalchemy.engine import Connection
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.orm import Session as SyncSession
@@ -143,10 +143,7 @@ async def _stamp(session: AsyncSession, touched: Touched) -> None:
                 .values(revision=revision)
                 .execution_options(synchronize_session=False)
             )
-    await session.execute(
-        insert(Change),
-        [
-            {"revision": revision, "kind": kind, "object_id": row_id, "deleted": deleted}
-            for (kind, row_id), deleted in touched.items()
-        ],
+    session.add_all(
+        Change(revision=revision, kind=kind, object_id=row_id, deleted=deleted)
+        for (kind, row_id), deleted in touched.items()
     )

@@ -1,0 +1,151 @@
+"""Placement: the same facts give the same answer, and no claim exceeds what is left."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gpustack.backends.base import Demand
+from gpustack.lib.units import GIB
+from gpustack.scheduler.plan import place
+from gpustack.scheduler.snapshot import Snapshot
+from gpustack.schemas.models import ModelSpec, PlacementStrategy, Source
+from gpustack.schemas.placements import Claim, Placement, ReasonCode
+from gpustack.schemas.workers import Device, Worker, WorkerState, WorkerStatus
+
+START = "2026-01-01T00:00:00Z"
+
+
+def worker(
+    worker_id: int, ram_gib: int, *vram_gib: int, ready: bool = True, **labels: str
+) -> Worker:
+    status = WorkerStatus(
+        os="linux",
+        arch="x86_64",
+        cpu_count=2,
+        memory_total_bytes=ram_gib * GIB,
+        gpu_devices=[
+            Device(index=index, vendor="nvidia", memory_total_bytes=size * GIB)
+            for index, size in enumerate(vram_gib)
+        ],
+    )
+    return Worker.model_validate(
+        {
+            "id": worker_id,
+            "name": f"w{worker_id}",
+            "hostname": "h",
+            "address": "127.0.0.1",
+            "port": 1,
+            "labels": labels,
+            "system_reserved_ram_bytes": 2 * GIB,
+            "system_reserved_vram_bytes": 1 * GIB,
+            "state": WorkerState.READY if ready else WorkerState.UNREACHABLE,
+            "status": status,
+            "created_at": START,
+            "updated_at": START,
+        }
+    )
+
+
+def spec(**more: object) -> ModelSpec:
+    return ModelSpec.model_validate(
+        {"name": "m", "source": Source.LOCAL_PATH, "local_path": "/m.gguf"} | more
+    )
+
+
+def cpu(ram_gib: float) -> Demand:
+    return Demand(devices=0, vram_bytes=0, ram_bytes=int(ram_gib * GIB))
+
+
+def gpu(devices: int, vram_gib: float) -> Demand:
+    return Demand(devices=devices, vram_bytes=int(vram_gib * GIB), ram_bytes=0)
+
+
+def test_reserved_memory_is_never_given_away() -> None:
+    world = Snapshot.of([worker(1, 8)], [])
+    assert isinstance(place(spec(), [cpu(6)], world), Placement)
+    refused = place(spec(), [cpu(6.1)], world)
+    assert not isinstance(refused, Placement)
+    assert refused[0].message == "w1: 6.0 GiB of memory free, 6.1 GiB needed"
+
+
+def test_every_worker_that_was_refused_says_why() -> None:
+    world = Snapshot.of([worker(1, 4), worker(2, 64, ready=False), worker(3, 64, zone="b")], [])
+    refused = place(spec(worker_selector={"zone": "a"}), [cpu(8)], world)
+    assert not isinstance(refused, Placement)
+    assert [(reason.worker, reason.code) for reason in refused] == [
+        ("w1", ReasonCode.LABELS),
+        ("w2", ReasonCode.NOT_READY),
+        ("w3", ReasonCode.LABELS),
+    ]
+
+
+def test_an_empty_cluster_says_how_to_add_a_worker() -> None:
+    refused = place(spec(), [cpu(1)], Snapshot.of([], []))
+    assert not isinstance(refused, Placement)
+    assert (refused[0].code, "--server-url" in refused[0].message) == (ReasonCode.NO_WORKERS, True)
+
+
+def test_the_cheapest_demand_that_fits_anywhere_wins() -> None:
+    world = Snapshot.of([worker(1, 64, 12, 12)], [])
+    got = place(spec(), [gpu(1, 20), gpu(2, 10), cpu(1)], world)
+    assert isinstance(got, Placement)
+    assert got.claim.vram_bytes == {0: 10 * GIB, 1: 10 * GIB}
+
+
+def test_the_fullest_device_with_room_is_taken_so_that_the_emptiest_stays_whole() -> None:
+    world = Snapshot.of([worker(1, 64, 80, 24)], [])
+    got = place(spec(), [gpu(1, 10)], world)
+    assert isinstance(got, Placement)
+    assert list(got.claim.vram_bytes) == [1]
+
+
+def test_spread_puts_copies_apart_and_binpack_together() -> None:
+    world = Snapshot.of([worker(1, 64), worker(2, 32)], [(2, Claim(ram_bytes=GIB))])
+    apart = place(spec(), [cpu(1)], world.with_instances({1: 1}))
+    together = place(spec(placement_strategy=PlacementStrategy.BINPACK), [cpu(1)], world)
+    assert isinstance(apart, Placement)
+    assert isinstance(together, Placement)
+    assert (apart.worker_id, together.worker_id) == (2, 2)
+    alone = place(spec(), [cpu(1)], world)
+    assert isinstance(alone, Placement)
+    assert alone.worker_id == 1
+
+
+def test_a_stopping_instance_keeps_its_memory_until_it_is_gone() -> None:
+    world = Snapshot.of([worker(1, 8)], [(1, Claim(ram_bytes=4 * GIB))])
+    assert not isinstance(place(spec(), [cpu(3)], world), Placement)
+
+
+workers = st.lists(
+    st.tuples(st.integers(1, 64), st.lists(st.integers(1, 96), max_size=4)), min_size=1, max_size=4
+)
+demands = st.lists(
+    st.tuples(st.integers(0, 3), st.integers(0, 100), st.integers(0, 70)), min_size=1, max_size=4
+)
+
+
+@given(workers, demands, st.integers(1, 6), st.sampled_from(PlacementStrategy))
+def test_placements_never_exceed_what_a_worker_has_left(
+    sizes: list[tuple[int, list[int]]],
+    wanted: list[tuple[int, int, int]],
+    copies: int,
+    strategy: PlacementStrategy,
+) -> None:
+    found = [worker(number, ram, *vram) for number, (ram, vram) in enumerate(sizes, 1)]
+    ways = [
+        Demand(devices=devices, vram_bytes=vram * GIB, ram_bytes=ram * GIB)
+        for devices, vram, ram in wanted
+    ]
+    world = Snapshot.of(found, [])
+    empty = {node.worker.id: node for node in world.nodes}
+    for _ in range(copies):
+        got = place(spec(placement_strategy=strategy), ways, world)
+        assert got == place(spec(placement_strategy=strategy), ways, world)
+        if not isinstance(got, Placement):
+            assert {reason.worker for reason in got} == {one.name for one in found}
+            break
+        world = world.with_claim(got.worker_id, got.claim)
+    for node in world.nodes:
+        before = empty[node.worker.id]
+        assert node.free_ram_bytes >= min(before.free_ram_bytes, 0)
+        for index, free in node.free_vram_bytes.items():
+            assert free >= min(before.free_vram_bytes[index], 0)

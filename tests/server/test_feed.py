@@ -1,0 +1,211 @@
+"""Watches: gap-free, resumable, and never a burden to a writer."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlmodel import delete
+
+from gpustack.schemas import wire
+from gpustack.server.db import tables
+from gpustack.server.db.database import Database, current_revision
+from gpustack.server.feed import Subscription
+from gpustack.server.views import GATEWAY, USER, Audience
+from tests.server.conftest import Plane
+
+KINDS = frozenset({wire.MODELS})
+MODEL = {"source": "local_path", "local_path": "/m.gguf", "replicas": 0}
+
+
+class Watch:
+    """A watch of the feed, read line by line."""
+
+    def __init__(self, lines: AsyncIterator[bytes]) -> None:
+        self._lines = lines
+        self.cursor = ""
+
+    async def next(self) -> dict[str, Any]:
+        async with asyncio.timeout(5):
+            event: dict[str, Any] = json.loads(await anext(self._lines))
+        self.cursor = event["cursor"] or self.cursor
+        return event
+
+    async def until(self, kind: str) -> list[dict[str, Any]]:
+        """The events before the next one of type `kind`."""
+        events = []
+        while (event := await self.next())["type"] != kind:
+            events.append(event)
+        return events
+
+    async def of(self, row_id: int, kind: str = "put") -> dict[str, Any]:
+        """The next event of type `kind` about one object."""
+        while (event := await self.next())["id"] != row_id or event["type"] != kind:
+            pass
+        return event
+
+
+async def add(plane: Plane, *names: str) -> list[int]:
+    admin = await plane.admin()
+    answers = [await admin.post("/v2/models", json=MODEL | {"name": name}) for name in names]
+    return [answer.json()["id"] for answer in answers]
+
+
+async def test_a_watch_lists_then_says_synced_then_follows(plane: Plane) -> None:
+    await add(plane, "a", "b")
+    watch = Watch(plane.feed.watch(KINDS, USER))
+    listed = await watch.until("synced")
+    assert [event["data"]["name"] for event in listed] == ["a", "b"]
+    (created,) = await add(plane, "c")
+    assert (await watch.of(created))["data"]["name"] == "c"
+    admin = await plane.admin()
+    await admin.delete(f"/v2/models/{created}")
+    gone = await watch.of(created, "delete")
+    assert (gone["kind"], gone["data"]) == ("models", None)
+
+
+async def test_a_resumed_watch_gets_what_it_missed_and_nothing_else(plane: Plane) -> None:
+    kinds = frozenset({wire.CREDENTIALS})
+    admin, gateway = await plane.admin(), await plane.gateway()
+
+    async def key(name: str) -> int:
+        return int((await admin.post("/v2/api-keys", json={"name": name})).json()["id"])
+
+    first, untouched = await key("a"), await key("b")
+    watch = Watch(plane.feed.watch(kinds, GATEWAY))
+    await watch.until("synced")
+    added = await key("c")
+    await admin.delete(f"/v2/api-keys/{first}")
+    await gateway.post("/v2/watch/flush")
+    resumed = Watch(plane.feed.watch(kinds, GATEWAY, since=watch.cursor))
+    missed = [(event["type"], event["id"]) for event in await resumed.until("synced")]
+    assert sorted(missed) == [("delete", first), ("put", added)]
+    assert untouched not in dict(missed).values()
+
+
+@pytest.mark.parametrize("since", ["other.1", "nonsense", "other.", ""])
+async def test_a_cursor_of_another_life_leads_to_resync_and_a_full_list(
+    plane: Plane, since: str
+) -> None:
+    await add(plane, "a")
+    watch = Watch(plane.feed.watch(KINDS, USER, since=since))
+    assert (await watch.next())["type"] == "resync"
+    assert [event["data"]["name"] for event in await watch.until("synced")] == ["a"]
+
+
+async def test_a_cursor_older_than_the_history_leads_to_resync(plane: Plane) -> None:
+    watch = Watch(plane.feed.watch(KINDS, USER))
+    await watch.until("synced")
+    await add(plane, "a", "b")
+    async with plane.db.write() as session:
+        newest = await current_revision(session)
+        await session.exec(delete(tables.Change).where(tables.Change.revision < newest))  # type: ignore[arg-type]
+    resumed = Watch(plane.feed.watch(KINDS, USER, since=watch.cursor))
+    assert (await resumed.next())["type"] == "resync"
+
+
+async def test_flush_returns_after_everything_before_it_is_on_the_watch(plane: Plane) -> None:
+    gateway = await plane.gateway()
+    watch = Watch(plane.feed.watch(frozenset({wire.CREDENTIALS}), GATEWAY))
+    await watch.until("synced")
+    admin = await plane.admin()
+    key = (await admin.post("/v2/api-keys", json={"name": "k"})).json()
+    cursor = (await gateway.post("/v2/watch/flush")).json()["cursor"]
+    seen = await watch.until("heartbeat")
+    assert key["id"] in {event["id"] for event in seen}
+    assert int(watch.cursor.split(".")[1]) >= int(cursor.split(".")[1])
+
+
+async def test_a_rolled_back_write_is_never_announced(plane: Plane) -> None:
+    before = await _revision(plane.db)
+
+    class BoomError(Exception):
+        pass
+
+    async def write_and_fail() -> None:
+        async with plane.db.write() as session:
+            session.add(_credential("x"))
+            await session.flush()
+            raise BoomError
+
+    with pytest.raises(BoomError):
+        await write_and_fail()
+    assert await _revision(plane.db) == before
+
+
+async def test_one_transaction_is_one_revision_and_commit_order_is_its_order(plane: Plane) -> None:
+    before = await _revision(plane.db)
+
+    async def one(number: int) -> None:
+        async with plane.db.write() as session:
+            session.add(_credential(f"a{number}"))
+            session.add(_credential(f"b{number}"))
+
+    await asyncio.gather(*(one(number) for number in range(20)))
+    async with plane.db.read() as session:
+        from sqlmodel import col, select
+
+        rows = (
+            await session.exec(
+                select(tables.Credential)
+                .where(
+                    col(tables.Credential.digest).like("a%")
+                    | col(tables.Credential.digest).like("b%")
+                )
+                .where(tables.Credential.revision > before)
+                .order_by(col(tables.Credential.id))
+            )
+        ).all()
+    assert [row.revision for row in rows] == [before + 1 + i // 2 for i in range(40)]
+
+
+async def test_a_stalled_watcher_costs_one_entry_per_object() -> None:
+    subscription = Subscription(KINDS, USER)
+    for revision in range(100_000):
+        subscription.put((wire.MODELS, revision % 3), revision, b"{}")
+    assert len(subscription.pending) == 3
+    assert [revision for revision, _ in subscription.pending.values()] == [99_997, 99_998, 99_999]
+
+
+async def test_each_audience_sees_only_what_is_for_it(plane: Plane, tmp_path: Path) -> None:
+    agent = await plane.worker("one")
+    admin = await plane.admin()
+    await admin.post("/v2/models", json=MODEL | {"name": "tiny", "replicas": 1})
+    kinds = frozenset({wire.INSTANCES})
+
+    async def first(audience: Audience) -> dict[str, Any]:
+        watch = Watch(plane.feed.watch(kinds, audience))
+        while True:
+            event = await watch.next()
+            if event["type"] == "put" and event["data"]["worker_id"]:
+                data: dict[str, Any] = event["data"]
+                return data
+
+    mine = await first(Audience.of(await _principal(agent.id)))
+    assert mine["secret"]
+    assert mine["spec"]["local_path"] == "/m.gguf"
+    gateways = await first(GATEWAY)
+    assert gateways["secret"] == mine["secret"]
+    assert "spec" not in gateways
+    users = await first(USER)
+    assert "secret" not in users
+    other = Watch(plane.feed.watch(kinds, Audience.of(await _principal(agent.id + 1))))
+    assert await other.until("synced") == []
+
+
+async def _principal(worker_id: int) -> Any:
+    from gpustack.schemas.credentials import CredentialKind
+    from gpustack.server.auth.principals import Principal
+
+    return Principal(CredentialKind.WORKER, worker_id=worker_id)
+
+
+async def _revision(db: Database) -> int:
+    async with db.read() as session:
+        return await current_revision(session)
+
+
+def _credential(digest: str) -> tables.Credential:
+    return tables.Credential(kind="key", digest=digest, scopes=[])
