@@ -302,6 +302,7 @@ class Connection(asyncio.Protocol):
                     self._answered_early(exchange)
                     return
                 self.queue.popleft()
+                exchange.receiver = IGNORED  # no cycle: memory is free at once
                 if not exchange.keep_alive:
                     self.queue.clear()
                     self._close()

@@ -37,13 +37,13 @@ class _Whole:
     def head(self, status: int, headers: Headers) -> None:
         self._status, self._headers = status, headers
 
-    def body(self, piece: bytes) -> None:
+    def piece(self, piece: bytes) -> None:
         self._body += piece
         if len(self._body) > self._limit and not self.answer.done():
             self.answer.set_exception(FetchFailed(f"more than {self._limit} bytes"))
 
     def end(self, last: bytes) -> None:
-        self.body(last)
+        self.piece(last)
         if not self.answer.done():
             self.answer.set_result(Answer(self._status, self._headers, bytes(self._body)))
 
@@ -135,7 +135,7 @@ class Lines:
         self.status = status
         self._news.set()
 
-    def body(self, piece: bytes) -> None:
+    def piece(self, piece: bytes) -> None:
         *lines, self._rest = (self._rest + piece).split(b"\n")
         self._lines.extend(lines)
         self._waiting_bytes += sum(map(len, lines))
@@ -146,7 +146,7 @@ class Lines:
         self._news.set()
 
     def end(self, last: bytes) -> None:
-        self.body(last)
+        self.piece(last)
         self._ended = True
 
     def failed(self, failure: Failure) -> None:

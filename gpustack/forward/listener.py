@@ -88,8 +88,12 @@ class Server:
         self._idle_patience_s = idle_s
         for listener in self._listeners:
             listener.close()
+        self._sweep_s = min(self._sweep_s, max(idle_s / 4, 0.05))
         for connection in list(self.connections):
             self._end_endless(connection)
+        if self._timer is not None:
+            self._timer.cancel()
+        self._sweep()
         try:
             async with asyncio.timeout(limit_s):
                 while self.connections:

@@ -5,7 +5,7 @@
     call.write(piece); call.finish()
     call.abort()                # at once, whatever has come
 
-The sink is called from the event loop: `head` once, `body` any number of times, then `end` or
+The sink is called from the event loop: `head` once, `piece` any number of times, then `end` or
 `failed`; nothing follows `abort`. A pooled connection that turns out to be dead before any byte
 of an answer came is replaced by a fresh one without the sink's knowledge.
 """
@@ -43,7 +43,7 @@ class Sink(Protocol):
 
     def head(self, status: int, headers: Headers) -> None: ...
 
-    def body(self, piece: bytes) -> None:
+    def piece(self, piece: bytes) -> None:
         """A piece of the answer; empty when a head came alone."""
 
     def end(self, last: bytes) -> None:
@@ -55,6 +55,20 @@ class Sink(Protocol):
         """The upstream takes the request's body slower than it comes."""
 
     def resume_body(self) -> None: ...
+
+
+class _Nobody:
+    """The sink of a call that is done: keeps it from holding on to what it served."""
+
+    def head(self, status: int, headers: Headers) -> None: ...
+    def piece(self, piece: bytes) -> None: ...
+    def end(self, last: bytes) -> None: ...
+    def failed(self, failure: Failure) -> None: ...
+    def pause_body(self) -> None: ...
+    def resume_body(self) -> None: ...
+
+
+_NOBODY: Final = _Nobody()
 
 
 class Call:
@@ -143,18 +157,28 @@ class Call:
         self._pool.connect(self._address, self)
         return True
 
+    def answering(self) -> None:
+        """The answer has begun: nothing will be sent again."""
+        self.started = True
+        self._kept = None
+
     def fail(self, failure: Failure) -> None:
         if not self.done:
-            self.done = True
-            self.connection = None
-            self.sink.failed(failure)
+            self.settle().failed(failure)
+
+    def settle(self) -> Sink:
+        """Be done. Answers the sink, for its last call."""
+        sink, self.sink = self.sink, _NOBODY
+        self.done = True
+        self.connection = None
+        return sink
 
     def abort(self) -> None:
         """Give the call up: the upstream sees its connection close."""
         if self.done:
             return
-        self.done = True
-        connection, self.connection = self.connection, None
+        connection = self.connection
+        self.settle()
         if connection is not None:
             connection.drop()
 
@@ -287,7 +311,7 @@ class Connection(asyncio.Protocol):
         sink = call.sink
         new_head, self._new_head = self._new_head, False
         if new_head:
-            call.started = True
+            call.answering()
             sink.head(self._status, self._headers)
             if call.done:
                 return
@@ -295,8 +319,7 @@ class Connection(asyncio.Protocol):
         piece = pieces[0] if len(pieces) == 1 else b"".join(pieces)
         if self._complete:
             self._call = None
-            call.done = True
-            call.connection = None
+            call.settle()
             self.resume()
             if self._reusable and call.sent_all:
                 self._fresh = False
@@ -305,7 +328,7 @@ class Connection(asyncio.Protocol):
                 self._transport.close()
             sink.end(piece)
         elif piece or new_head:
-            sink.body(piece)
+            sink.piece(piece)
 
     # --- httptools -----------------------------------------------------------------------
 
@@ -369,6 +392,7 @@ class Pool:
         self._idle_max = idle_max
         self._idle: dict[Address, list[Connection]] = {}
         self._timer: asyncio.TimerHandle | None = None
+        self._connecting: set[asyncio.Task[None]] = set()
 
     def send(
         self,
@@ -413,7 +437,9 @@ class Pool:
 
     def connect(self, address: Address, call: Call) -> None:
         """Begin `call` on a connection of its own."""
-        self._group.create_task(self._connect(address, call))
+        task = self._group.create_task(self._connect(address, call))
+        self._connecting.add(task)
+        task.add_done_callback(self._connecting.discard)
 
     async def _connect(self, address: Address, call: Call) -> None:
         try:
@@ -464,7 +490,9 @@ class Pool:
             self._timer = self._loop.call_later(self._idle_s / 4, self._sweep)
 
     def close(self) -> None:
-        """Close the connections that no call is using."""
+        """Give up connecting, and close the connections that no call is using."""
+        for task in self._connecting:
+            task.cancel()
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None

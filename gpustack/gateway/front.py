@@ -1,0 +1,136 @@
+"""The gateway's application: what each request is, and who answers it."""
+
+from typing import Final
+from urllib.parse import unquote
+
+import gpustack
+from gpustack.errors import GPUStackError, NotFound, Unavailable
+from gpustack.forward.exchange import IGNORED, Exchange, Receiver
+from gpustack.forward.listener import respond_error
+from gpustack.forward.upstream import Failure
+from gpustack.gateway.answers import MethodNotAllowed, ModelNotFound, refuse
+from gpustack.gateway.inference import OPERATIONS, Inference
+from gpustack.gateway.passing import Passing, without_private
+from gpustack.gateway.plane import Plane, Stranger
+from gpustack.gateway.tables import Model
+from gpustack.schemas import wire
+
+_PRIVATE: Final = wire.PRIVATE_PREFIX.encode()
+_PREFIXES: Final = ("/v1/", "/v1-openai/")
+_MODELS: Final = "models"
+_MODEL: Final = "models/"
+
+
+class Front:
+    """Called once per request, when its head is there."""
+
+    def __init__(self, plane: Plane) -> None:
+        self._plane = plane
+
+    def __call__(self, exchange: Exchange) -> Receiver:
+        path = exchange.path
+        for prefix in _PREFIXES:
+            if path.startswith(prefix):
+                return self._model_api(exchange, path[len(prefix) :])
+        if path == "/v2/rerank" and exchange.method == "POST":
+            return Inference(self._plane, exchange, "rerank").begin()
+        if path in ("/healthz", "/readyz", "/version") and exchange.method in ("GET", "HEAD"):
+            probe(exchange, self._not_ready())
+            return IGNORED
+        return self._pass(exchange)
+
+    def _not_ready(self) -> str | None:
+        return "no tables yet" if self._plane.watch.tables is None else None
+
+    # --- models ------------------------------------------------------------------------------
+
+    def _model_api(self, exchange: Exchange, operation: str) -> Receiver:
+        if operation in OPERATIONS and exchange.method == "POST":
+            return Inference(self._plane, exchange, operation).begin()
+        asking = Asking(self._plane, exchange, operation)
+        return asking.begin()
+
+    # --- everything else ---------------------------------------------------------------------
+
+    def _pass(self, exchange: Exchange) -> Receiver:
+        plane = self._plane
+        headers = without_private(exchange.headers, _PRIVATE)
+        headers += [
+            (wire.GATEWAY_HEADER.encode(), plane.credential.encode()),
+            (wire.PEER_HEADER.encode(), exchange.peer.encode()),
+            (wire.SCHEME_HEADER.encode(), b"http"),
+        ]
+        if plane.needs_no_login(exchange):
+            headers.append((wire.LOCAL_HEADER.encode(), b"1"))
+        exchange.endless = is_endless(exchange.query)
+        return Passing(plane.pool, exchange, plane.server, headers, _server_away)
+
+
+class Asking:
+    """A request below /v1 that needs no engine: the lists of models, and what does not exist."""
+
+    def __init__(self, plane: Plane, exchange: Exchange, operation: str) -> None:
+        self._plane = plane
+        self._exchange = exchange
+        self._operation = operation
+
+    def begin(self) -> Receiver:
+        try:
+            self._plane.identify(self._exchange)
+            self._answer()
+        except (Stranger, ModelNotFound):
+            self._plane.later(self._exchange, self._again())
+        except GPUStackError as error:
+            refuse(self._exchange, error)
+        return IGNORED
+
+    async def _again(self) -> None:
+        await self._plane.identify_again(self._exchange)
+        self._answer()
+
+    def _answer(self) -> None:
+        operation, tables = self._operation, self._plane.tables
+        if operation in OPERATIONS:
+            raise MethodNotAllowed(f"Use POST for /v1/{operation}.")
+        if operation != _MODELS and not operation.startswith(_MODEL):
+            raise NotFound(f"There is no /v1/{operation}.")
+        if self._exchange.method not in ("GET", "HEAD"):
+            raise MethodNotAllowed(f"Use GET for /v1/{operation}.")
+        if operation == _MODELS:
+            there = [_shown(m) for m in tables.models.values() if not m.deleting]
+            self._exchange.respond_json(200, {"object": "list", "data": there})
+            return
+        name = unquote(operation[len(_MODEL) :])
+        model = tables.by_name.get(name)
+        if model is None or model.deleting:
+            raise ModelNotFound(f"The model {name!r} does not exist.", param="model")
+        self._exchange.respond_json(200, _shown(model))
+
+
+def _shown(model: Model) -> dict[str, object]:
+    return {
+        "id": model.name,
+        "object": "model",
+        "created": int(model.created_at.timestamp()),
+        "owned_by": "gpustack",
+    }
+
+
+def probe(exchange: Exchange, not_ready: str | None) -> None:
+    """Answer /healthz, /readyz or /version."""
+    text = [(b"content-type", b"text/plain; charset=utf-8")]
+    if exchange.path == "/version":
+        exchange.respond_json(200, {"version": gpustack.__version__})
+    elif exchange.path == "/readyz" and not_ready is not None:
+        exchange.respond(503, text, not_ready.encode())
+    else:
+        exchange.respond(200, text, b"ok")
+
+
+def is_endless(query: str) -> bool:
+    """Whether the answer goes on until somebody ends it: a watch, or a followed log."""
+    return any(part in ("watch=true", "follow=true") for part in query.lower().split("&"))
+
+
+def _server_away(exchange: Exchange, failure: Failure) -> None:
+    respond_error(exchange, Unavailable("The server is away; it should be back in a moment."))

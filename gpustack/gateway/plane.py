@@ -1,0 +1,122 @@
+"""What every request of a gateway process shares."""
+
+import asyncio
+import logging
+from collections.abc import Coroutine
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from gpustack.errors import GPUStackError, Unauthorized, Unavailable
+from gpustack.forward.exchange import Exchange
+from gpustack.forward.upstream import Address, Pool
+from gpustack.gateway import credentials
+from gpustack.gateway.address import is_local
+from gpustack.gateway.answers import refuse
+from gpustack.gateway.routing import Routing
+from gpustack.gateway.spool import Record
+from gpustack.gateway.tables import Credential, Tables
+from gpustack.gateway.watch import Watch
+
+logger = logging.getLogger(__name__)
+
+
+class Ledger(Protocol):
+    """Where requests to engines are written down."""
+
+    def start(self, record: Record) -> None: ...
+    def end(self, record: Record) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Plane:
+    """What every request of a gateway process shares.
+
+    Attributes:
+        group: for the few requests that have to wait for news from the server.
+        server: where everything goes that is not the gateway's own.
+        credential: with which the server knows this gateway.
+        force_auth_localhost: loopback needs credentials as well.
+    """
+
+    group: asyncio.TaskGroup
+    pool: Pool
+    watch: Watch
+    routing: Routing
+    ledger: Ledger
+    server: Address
+    credential: str
+    force_auth_localhost: bool
+
+    def now(self) -> float:
+        """The event loop's clock."""
+        return asyncio.get_running_loop().time()
+
+    def later(self, exchange: Exchange, news: Coroutine[Any, Any, None]) -> None:
+        """Run `news`, which waits for the server; an error that it raises is the answer."""
+        self.group.create_task(_guarded(exchange, news))
+
+    @property
+    def tables(self) -> Tables:
+        """The tables of now.
+
+        Raises:
+            Unavailable: there are none yet.
+        """
+        if self.watch.tables is None:
+            raise Unavailable("The gateway has just started and knows no models yet.")
+        return self.watch.tables
+
+    def needs_no_login(self, exchange: Exchange) -> bool:
+        """Whether the loopback rule holds."""
+        return not self.force_auth_localhost and is_local(exchange.peer, exchange.headers)
+
+    def identify(self, exchange: Exchange) -> Credential | None:
+        """Who asks; None: nobody in particular, under the loopback rule.
+
+        Raises:
+            Unauthorized: no credential.
+            Stranger: one that the tables do not have; newer tables may.
+            Forbidden: one that may not run models.
+        """
+        shown = credentials.presented(exchange.headers)
+        if shown is None:
+            if self.needs_no_login(exchange):
+                return None
+            raise Unauthorized()
+        known = self.tables.by_digest.get(shown.digest())
+        if known is None:
+            if shown.secret:
+                raise Stranger("This credential is not known.")
+            raise Unauthorized()
+        credentials.check(
+            known, cookie=shown.cookie, method=exchange.method, headers=exchange.headers
+        )
+        return known
+
+    async def identify_again(self, exchange: Exchange) -> Credential | None:
+        """`identify`, after asking the server for news.
+
+        Raises:
+            Unavailable: the server is away, so an unknown credential proves nothing.
+        """
+        fresh = await self.watch.refresh()
+        try:
+            return self.identify(exchange)
+        except Stranger:
+            if fresh:
+                raise
+            raise Unavailable("The server is away: new credentials cannot be checked.") from None
+
+
+async def _guarded(exchange: Exchange, news: Coroutine[Any, Any, None]) -> None:
+    try:
+        await news
+    except GPUStackError as error:
+        refuse(exchange, error)
+    except Exception:  # one request's mistake must not end the others in this process
+        logger.exception("%s %s failed", exchange.method, exchange.path)
+        exchange.abort()
+
+
+class Stranger(Unauthorized):
+    """A credential that the tables do not have."""
