@@ -4,6 +4,7 @@ import asyncio
 import logging
 import os
 import signal
+import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import IO
 from gpustack.config import load
 from gpustack.config.options import Settings
 from gpustack.lib import platform, role
+from gpustack.worker.api import Api
 from gpustack.worker.control import Control
 from gpustack.worker.desired import Desired
 from gpustack.worker.enrolment import Enrolment, registration
@@ -44,6 +46,7 @@ async def serve(boot: role.Boot) -> None:
             server_url=boot.extra["server_url"],
             join_token=boot.extra["join_token"],
             leave=role.leave,
+            listener=boot.socket("agent") if "agent" in boot.sockets else None,
         )
 
 
@@ -53,6 +56,7 @@ async def run(
     server_url: str,
     join_token: str,
     leave: Callable[[], Awaitable[role.Leave]],
+    listener: socket.socket | None = None,
     policy: Policy | None = None,
     limits: Limits | None = None,
     rhythm: Rhythm | None = None,
@@ -87,6 +91,9 @@ async def run(
         control.adopt(adoption.find(records))
         session = Session(server_url, enrolment, control, rhythm or Rhythm())
         tasks = [group.create_task(control.run()), group.create_task(session.run())]
+        if listener is not None:
+            api = Api(log_dir=settings.log_dir, secret=enrolment.secret)
+            tasks.append(group.create_task(api.serve(listener)))
         reason = await leave()
         logger.info("leaving: %s", reason)
         if reason is role.Leave.STOP:

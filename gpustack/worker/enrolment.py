@@ -92,6 +92,10 @@ class Enrolment:
         self._registered_again = False
         self._foreign: str | None = None
 
+    def secret(self) -> str | None:
+        """What the server shows when it calls this worker."""
+        return self.membership.agent_secret if self.membership else None
+
     async def join(self) -> Membership:
         """Return once the server has confirmed this worker; tries for ever.
 

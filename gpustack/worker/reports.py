@@ -82,9 +82,9 @@ class Reports:
 
     async def _send(self, client: Client, id: int, status: InstanceStatus) -> None:
         told = self._told.get(id)
-        before = told.state if told else self._shown.get(id, InstanceState.SCHEDULED)
+        before = told.state if told else self._shown.get(id)
         try:
-            if not can_move(before, status.state):
+            if before is not None and not can_move(before, status.state):
                 await client.report_instance(id, _starting(status))
             try:
                 await client.report_instance(id, status)

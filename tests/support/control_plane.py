@@ -50,6 +50,7 @@ class ControlPlane:
     """
 
     def __init__(self, port: int) -> None:
+        self.port = port
         self.url = f"http://127.0.0.1:{port}"
         self.cluster_id = "cluster-a"
         self.credential = new_secret()
@@ -221,13 +222,13 @@ def _fail(exchange: Exchange, status: int) -> None:
 
 
 @asynccontextmanager
-async def listening(plane: ControlPlane, port: int) -> AsyncIterator[Server]:
-    """`plane` answers on loopback `port` until the context ends; again in a later one."""
+async def listening(plane: ControlPlane) -> AsyncIterator[Server]:
+    """`plane` answers on its port until the context ends; again in a later one."""
     async with asyncio.TaskGroup() as group:
         server = Server(asynchronous(plane.answer, group))
         sock = socket.socket()
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.bind(("127.0.0.1", port))
+        sock.bind(("127.0.0.1", plane.port))
         await server.listen(sock)
         try:
             yield server

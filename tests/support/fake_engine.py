@@ -8,7 +8,6 @@ What it does is told by FAKE in its environment (`VersionSpec.env`), words separ
     delay=SECONDS    wait before listening
     stubborn         it and a child of it ignore SIGTERM; the child's pid is in the log
     say=TEXT         print TEXT first
-    steal            another program takes the port just before; once per working directory
 """
 
 import os

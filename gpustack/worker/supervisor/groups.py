@@ -55,6 +55,8 @@ async def _gone(group: int, limit_s: float, reap: Callable[[], object] | None) -
         if reap:
             reap()
         if not platform.group_alive(group):
+            if reap:
+                reap()  # it may have become a zombie since
             return True
         if loop.time() >= deadline:
             return False

@@ -1,0 +1,117 @@
+"""The agent's HTTP API, on a loopback port behind the relay: for the server, and for nobody else.
+
+Everything but `/healthz` asks for the secret that this worker got when it registered.
+"""
+
+import asyncio
+import re
+import socket
+from collections.abc import Callable
+from contextlib import aclosing
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import parse_qs
+
+from gpustack.errors import BadRequest, NotFound, Unauthorized
+from gpustack.forward.listener import Exchange, Server, asynchronous
+from gpustack.lib.secrets import same
+from gpustack.worker.log_reading import followed, log_offset, whole
+from gpustack.worker.supervisor.engine_log import log_path, previous_path
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """A way in. Attributes: pattern: regular expression of the whole path."""
+
+    method: str
+    pattern: str
+    public: bool = False
+
+
+HEALTH = Route("GET", r"/healthz", public=True)
+LOGS = Route("GET", r"/v2/logs/(?P<instance_id>[0-9]{1,18})")
+
+#: Every way in: a test elsewhere goes through them.
+ROUTES = (HEALTH, LOGS)
+
+#: What a log is sent as. The engine's bytes go as they are.
+_TEXT = [(b"content-type", b"text/plain; charset=utf-8")]
+
+
+class Api:
+    """Answers on one socket.
+
+    Args:
+        secret: what callers must show now; None before this worker has ever registered.
+    """
+
+    def __init__(self, *, log_dir: Path, secret: Callable[[], str | None]) -> None:
+        self._log_dir = log_dir
+        self._secret = secret
+
+    async def serve(self, sock: socket.socket) -> None:
+        """Answer until cancelled; then every connection is closed."""
+        async with asyncio.TaskGroup() as group:
+            server = Server(asynchronous(self.answer, group))
+            await server.listen(sock)
+            try:
+                await asyncio.Event().wait()
+            finally:
+                server.close()
+
+    async def answer(self, exchange: Exchange) -> None:
+        for route in ROUTES:
+            found = re.fullmatch(route.pattern, exchange.path)
+            if found is None or exchange.method != route.method:
+                continue
+            if not route.public:
+                self._check(exchange)
+            if route is HEALTH:
+                exchange.respond(200, body=b"ok\n")
+            else:
+                await self._logs(exchange, int(found["instance_id"]))
+            return
+        self._check(exchange)
+        raise NotFound(f"the worker has no {exchange.method} {exchange.path}")
+
+    def _check(self, exchange: Exchange) -> None:
+        shown = (exchange.header(b"authorization") or b"").decode("latin-1")
+        scheme, _, token = shown.partition(" ")
+        expected = self._secret()
+        if expected is None or scheme.lower() != "bearer" or not same(token.strip(), expected):
+            raise Unauthorized("the worker's API answers its server only")
+
+    async def _logs(self, exchange: Exchange, instance_id: int) -> None:
+        asked = parse_qs(exchange.query)
+        tail, follow = _count(asked, "tail"), _flag(asked, "follow")
+        path = log_path(self._log_dir, instance_id)
+        if _flag(asked, "previous"):
+            path, follow = previous_path(path), False
+        try:
+            file = path.open("rb")
+        except FileNotFoundError:
+            which = "previous log" if "previous" in asked else "log"
+            raise NotFound(f"instance {instance_id} has no {which} on this worker") from None
+        with file:
+            start = await log_offset(file, tail)
+            exchange.endless = follow
+            exchange.start(200, _TEXT)
+            exchange.write(b"")
+            reading = followed(path, file, start) if follow else whole(file, start)
+            async with aclosing(reading) as pieces:
+                async for piece in pieces:
+                    await exchange.send(piece)
+
+
+def _count(asked: dict[str, list[str]], name: str) -> int | None:
+    value = asked.get(name, [""])[-1]
+    if value and not value.isdigit():
+        raise BadRequest(f"{name}: want a whole number of lines, got {value!r}")
+    return int(value) if value else None
+
+
+def _flag(asked: dict[str, list[str]], name: str) -> bool:
+    value = asked.get(name, ["false"])[-1].lower()
+    if value not in {"true", "false", "1", "0", ""}:
+        raise BadRequest(f"{name}: want true or false, got {value!r}")
+    return value in {"true", "1"}

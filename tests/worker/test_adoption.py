@@ -1,0 +1,214 @@
+"""Agents die; their engines do not. Real agent processes, killed for real."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from gpustack.lib import platform
+from gpustack.lib.role import Leave
+from gpustack.schemas.instances import InstanceState
+from gpustack.worker.supervisor.records import HOME_VARIABLE, UID_VARIABLE, Records
+from tests.support.control_plane import ControlPlane, assigned, listening
+from tests.support.worker_node import Node, eventually, free_port
+
+RUNNING, GONE = InstanceState.RUNNING, InstanceState.GONE
+
+
+async def test_a_killed_agent_leaves_its_engine_and_the_next_one_adopts_it(
+    node: Node, plane: ControlPlane
+) -> None:
+    agent = await node.spawn()
+    await plane.assign(assigned(1, node.spec()))
+    first = await plane.until_state(1, RUNNING, limit_s=20)
+    await agent.kill()
+    so_far = len(plane.reports)
+    assert node.engines() == [first.pid]
+    agent = await node.spawn()
+    again = await plane.until_state(1, RUNNING, after=so_far, limit_s=20)
+    assert (again.pid, again.port, again.restart_count) == (first.pid, first.port, 0)
+    await plane.change(1, generation=2)
+    await plane.until(lambda: plane.reports[-1][1].observed_generation == 2)
+    assert {status.state for _, status in plane.reports[so_far:]} == {RUNNING}
+    assert len(plane.registrations) == 1  # the second life announced itself with its credential
+    assert plane.announcements[0].run_id != plane.registrations[0].run_id
+    assert await agent.stop() == 0
+    assert node.engines() == []
+
+
+async def test_an_orphaned_agent_exits_at_once_and_leaves_its_engine(
+    node: Node, plane: ControlPlane
+) -> None:
+    agent = await node.spawn()
+    await plane.assign(assigned(1, node.spec()))
+    status = await plane.until_state(1, RUNNING, limit_s=20)
+    so_far, told_at = len(plane.reports), time.monotonic()
+    assert await agent.orphan() == 0
+    assert time.monotonic() - told_at < 1.0
+    assert node.engines() == [status.pid]
+    assert len(plane.reports) == so_far
+
+
+async def test_the_end_of_an_adopted_engine_is_seen_and_it_is_started_again(
+    node: Node, plane: ControlPlane
+) -> None:
+    async with node.agent(leave=Leave.ORPHANED):
+        await plane.assign(assigned(1, node.spec()))
+        first = await plane.until_state(1, RUNNING)
+    so_far = len(plane.reports)
+    async with node.agent():
+        await plane.until_state(1, RUNNING, after=so_far)
+        assert first.pid
+        os.kill(first.pid, signal.SIGKILL)
+        failed = await plane.until_state(1, InstanceState.ERROR, after=so_far)
+        assert "unknown code" in failed.state_message
+        again = await plane.until_state(1, RUNNING, after=len(plane.reports))
+        assert (again.pid != first.pid, again.restart_count) == (True, 1)
+
+
+async def test_an_adopted_engine_is_stopped_whole(node: Node, plane: ControlPlane) -> None:
+    async with node.agent(leave=Leave.ORPHANED):
+        await plane.assign(assigned(1, node.spec("stubborn")))
+        await plane.until_state(1, RUNNING)
+    assert len(node.engines()) == 2
+    async with node.agent():
+        await plane.change(1, deleting=True)
+        await plane.until_state(1, GONE)
+        assert node.engines() == []
+
+
+async def test_an_engine_whose_record_has_no_pid_is_found_by_its_uid(
+    node: Node, plane: ControlPlane
+) -> None:
+    async with node.agent(leave=Leave.ORPHANED):
+        await plane.assign(assigned(1, node.spec()))
+        first = await plane.until_state(1, RUNNING)
+    (record,) = Records(node.data_dir).all()
+    unfinished = {"pid": None, "start_ticks": None, "ready": False}
+    Records(node.data_dir).put(record.model_copy(update=unfinished))
+    so_far = len(plane.reports)
+    async with node.agent():
+        again = await plane.until_state(1, RUNNING, after=so_far)
+        assert again.pid == first.pid
+        assert node.engines() == [first.pid]
+        (record,) = Records(node.data_dir).all()
+        assert record.pid == first.pid
+
+
+def kill_child(pid: int) -> None:
+    """Kill and reap an engine that agents in this process have let go of."""
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+
+
+def a_stranger() -> "subprocess.Popen[bytes]":
+    """A process that waits for a line of input."""
+    return subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+
+
+async def test_a_process_that_got_the_pid_of_an_engine_is_neither_adopted_nor_killed(
+    node: Node, plane: ControlPlane
+) -> None:
+    async with node.agent(leave=Leave.ORPHANED):
+        await plane.assign(assigned(1, node.spec()))
+        first = await plane.until_state(1, RUNNING)
+    (record,) = Records(node.data_dir).all()
+    assert first.pid
+    kill_child(first.pid)
+    with a_stranger() as stranger:
+        Records(node.data_dir).put(record.model_copy(update={"pid": stranger.pid}))
+        so_far = len(plane.reports)
+        async with node.agent():
+            again = await plane.until_state(1, RUNNING, after=so_far)
+            assert again.pid not in {first.pid, stranger.pid}
+            assert again.restart_count == 1
+        assert stranger.poll() is None
+        # The very same number and start time, but of a process that is no engine of ours.
+        ticks = platform.start_ticks(stranger.pid)
+        seen = {"pid": stranger.pid, "start_ticks": ticks}
+        Records(node.data_dir).put(record.model_copy(update=seen))
+        so_far = len(plane.reports)
+        async with node.agent():
+            await plane.until_state(1, RUNNING, after=so_far)
+        assert stranger.poll() is None
+        stranger.communicate(b"\n")
+
+
+async def test_a_record_of_an_earlier_boot_is_nobodys(node: Node, plane: ControlPlane) -> None:
+    async with node.agent(leave=Leave.ORPHANED):
+        await plane.assign(assigned(1, node.spec()))
+        await plane.until_state(1, RUNNING)
+    (record,) = Records(node.data_dir).all()
+    assert record.is_alive
+    assert not record.model_copy(update={"boot_id": "another"}).is_alive
+    assert not record.model_copy(update={"start_ticks": 1}).is_alive
+    assert not record.model_copy(update={"uid": "another"}).is_alive
+
+
+async def test_engines_of_ours_without_a_record_are_ended_and_others_are_not(
+    node: Node, plane: ControlPlane
+) -> None:
+    def engine(home: str) -> "subprocess.Popen[bytes]":
+        marks = {UID_VARIABLE: "f00", HOME_VARIABLE: home}
+        return subprocess.Popen(
+            ["sleep", "60"], env={**os.environ, **marks}, start_new_session=True
+        )
+
+    with engine(str(node.data_dir)) as ours, engine("/another/node") as others:
+        try:
+            async with node.agent():
+                await eventually(lambda: ours.poll() is not None)
+            assert others.poll() is None
+        finally:
+            others.kill()
+
+
+async def test_absence_counts_only_once_the_list_is_complete(
+    node: Node, plane: ControlPlane
+) -> None:
+    async with node.agent(leave=Leave.ORPHANED):
+        await plane.assign(assigned(1, node.spec()))
+        status = await plane.until_state(1, RUNNING)
+    del plane.instances[1]  # while no agent runs
+    plane.refuse["GET /v2/watch"] = 503
+    async with node.agent(leave=Leave.ORPHANED):
+        await plane.until(lambda: len(plane.heartbeats) > 3)
+        assert node.engines() == [status.pid]
+    plane.refuse.clear()
+    async with node.agent():
+        await plane.until_state(1, GONE)
+        assert node.engines() == []
+
+
+async def test_with_the_server_away_the_agent_acts_on_what_it_heard_last(node: Node) -> None:
+    plane = node.plane
+    async with node.agent(leave=Leave.ORPHANED):
+        await plane.assign(assigned(1, node.spec()))
+        first = await plane.until_state(1, RUNNING)
+    plane.refuse[".*"] = 503
+    assert first.pid
+    kill_child(first.pid)
+    async with node.agent():
+        await eventually(lambda: len(node.engines()) == 1)
+        (pid,) = node.engines()
+        os.kill(pid, signal.SIGKILL)  # and once more while it runs
+        await eventually(lambda: node.engines() not in ([], [pid]))
+
+
+async def test_a_server_that_comes_back_hears_where_things_stand(tmp_path: Path) -> None:
+    plane = ControlPlane(free_port())
+    port = free_port()
+    node = Node(tmp_path, plane, port, port + 1)
+    async with node.agent():
+        async with listening(plane):
+            await plane.assign(assigned(1, node.spec()))
+            first = await plane.until_state(1, RUNNING)
+        assert first.pid
+        so_far = len(plane.reports)
+        os.kill(first.pid, signal.SIGKILL)
+        await eventually(lambda: node.engines() not in ([], [first.pid]))
+        async with listening(plane):
+            again = await plane.until_state(1, RUNNING, after=so_far)
+            assert again.restart_count == 1
