@@ -1,0 +1,162 @@
+"""`gpustack start`: one node per data directory, clear errors, clean ends."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.e2e.conftest import MakeNode
+from tests.support.node import Node
+from tests.support.wait import soon
+
+
+def run(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "gpustack", *words], capture_output=True, text=True, timeout=30
+    )
+
+
+def test_a_second_start_on_the_same_data_directory_names_the_pid_that_runs(node: Node) -> None:
+    assert node.process is not None
+    second = run("start", *node.arguments)
+    assert second.returncode == 1
+    assert f"pid {node.process.pid}" in second.stderr
+    assert "Traceback" not in second.stderr
+
+
+@pytest.mark.parametrize("option", ["--port", "--api-port", "--worker-port"])
+def test_a_taken_port_is_named_with_the_option_that_changes_it(
+    make_node: MakeNode, option: str
+) -> None:
+    node = make_node()
+    port = {"--port": node.port, "--api-port": node.api_port, "--worker-port": node.worker_port}
+    with socket.socket() as taken:
+        taken.bind(("0.0.0.0", port[option]))
+        taken.listen()
+        failed = run("start", *node.arguments)
+    assert failed.returncode == 1
+    assert f"{option} {port[option]} is taken" in failed.stderr
+    assert "Traceback" not in failed.stderr
+
+
+def test_an_unknown_option_and_a_bad_value_are_one_sentence() -> None:
+    for words, part in ((["--prot", "1"], "--port"), (["--port", "x"], "1 to 65535")):
+        failed = run("start", *words)
+        assert failed.returncode in {1, 2}
+        assert part in failed.stderr
+        assert "Traceback" not in failed.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_everything_engines_too(
+    make_node: MakeNode, models: Path, number: signal.Signals
+) -> None:
+    node = make_node().start()
+    node.deploy("tiny", models / "chat.gguf")
+    assert node.process is not None
+    pids = [*node.pids(), *node.engine_pids()]
+    assert len(pids) >= 6
+    node.process.send_signal(number)
+    assert node.process.wait(20) == 0
+    soon(lambda: not node.engine_pids() and not node.pids(), "nothing is left")
+    assert list((node.data_dir / "engines").glob("*.json")) == []
+
+
+def test_a_node_that_starts_again_serves_what_it_served(make_node: MakeNode, models: Path) -> None:
+    node = make_node().start()
+    model_id = node.deploy("tiny", models / "chat.gguf")
+    key = node.api_key()
+    assert node.stop() == 0
+    node.start()
+    node.wait_instances(model_id, lambda found: found[0]["state"] == "running", "running again")
+    with node.http(key) as http:
+        body = {"model": "tiny", "messages": [{"role": "user", "content": "x"}], "max_tokens": 1}
+        assert http.post("/v1/chat/completions", json=body).status_code == 200
+    assert node.stop() == 0
+
+
+def test_an_idle_node_stops_within_three_seconds(make_node: MakeNode) -> None:
+    node = make_node().start()
+    began = time.monotonic()
+    assert node.stop() == 0
+    assert time.monotonic() - began < 3
+
+
+def test_every_role_that_is_killed_is_started_again(make_node: MakeNode) -> None:
+    node = make_node().start()
+    for role in ("server", "gateway", "agent", "relay"):
+        old = node.kill_role(role)
+
+        def replaced(role: str = role, old: int = old) -> bool:
+            pids = node.pids(role)
+            return old not in pids and len(pids) > 0
+
+        soon(replaced, f"{role} is started again")
+
+    def works() -> bool:
+        with node.http() as http:
+            try:
+                workers = http.get("/v2/workers").json()["items"]
+                healthy = httpx.get(f"http://127.0.0.1:{node.worker_port}/healthz", trust_env=False)
+            except httpx.HTTPError:
+                return False
+            return [one["state"] for one in workers] == ["ready"] and healthy.status_code == 200
+
+    soon(works, "the node works again")
+
+
+def test_a_restart_with_an_impossible_option_is_refused_and_changes_nothing(
+    make_node: MakeNode, tmp_path: Path
+) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text("debug: false\n")
+    node = make_node("--config-file", str(file)).start()
+    pids = sorted(node.pids())
+    file.write_text("prot: 80\n")
+    refused = run("restart", "--data-dir", str(node.data_dir))
+    assert refused.returncode == 1
+    assert "did you mean port" in refused.stderr
+    assert sorted(node.pids()) == pids
+    file.write_text("debug: true\n")
+    assert run("restart", "--data-dir", str(node.data_dir)).returncode == 0
+    assert node.ready()
+
+
+def test_the_first_password_is_in_a_file_and_must_be_changed(make_node: MakeNode) -> None:
+    node = make_node("--force-auth-localhost").start()
+    path = node.data_dir / "initial_admin_password"
+    assert path.stat().st_mode & 0o777 == 0o600
+    password = path.read_text().strip()
+    with node.http(None) as browser:
+        form = {"username": "admin", "password": password}
+        assert browser.post("/auth/login", data=form).status_code == 204
+        assert browser.get("/v2/models").json()["code"] == "password_change_required"
+        assert browser.post("/v1/chat/completions", json={"model": "m"}).status_code == 403
+        change = {"current_password": password, "new_password": "Changed-1"}
+        assert browser.post("/auth/update-password", json=change).status_code == 204
+        assert browser.get("/v2/models").status_code == 200
+
+
+def test_a_given_first_password_need_not_be_changed(make_node: MakeNode) -> None:
+    node = make_node("--bootstrap-password", "Given-pass-1").start()
+    assert not (node.data_dir / "initial_admin_password").exists()
+    with node.http(None) as browser:
+        form = {"username": "admin", "password": "Given-pass-1"}
+        assert browser.post("/auth/login", data=form).status_code == 204
+        assert browser.get("/v2/models").status_code == 200
+
+
+def test_files_with_secrets_are_their_owners_alone(node: Node) -> None:
+    open_to_others = [
+        path
+        for path in node.data_dir.rglob("*")
+        if path.is_file() and path.stat().st_mode & 0o077 and "log" not in path.parts
+    ]
+    assert [path.name for path in open_to_others if not path.name.endswith(".lock")] == []
+    assert os.stat(node.data_dir).st_mode & 0o077 == 0

@@ -1,0 +1,113 @@
+"""Every route of every application refuses strangers, unless it is on the public list."""
+
+import asyncio
+import re
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+from fastapi import FastAPI
+
+from gpustack.gateway import relay, routes
+from gpustack.server.app import create_app
+from gpustack.server.controllers.workers import Heartbeats
+from gpustack.server.db.database import Database
+from gpustack.server.feed import Feed
+from gpustack.worker import api as agent_api
+from tests.e2e.conftest import MakeNode
+from tests.support.node import Node
+
+#: DESIGN: "Public without credentials: /healthz, /readyz, /version, the ways in below /auth/".
+#: Of those below /auth/, leaving and changing a password are no ways in.
+PUBLIC = {"/healthz", "/readyz", "/version", "/auth/login"}
+
+
+@pytest.fixture(scope="module")
+def node(make_node: MakeNode) -> Node:
+    return make_node("--force-auth-localhost").start()
+
+
+def server_app(tmp_path: Path) -> FastAPI:
+    db = Database(f"sqlite:///{tmp_path / 'none.db'}")
+    return create_app(db, Feed(db, "epoch", lambda *_: None), Heartbeats(), None)
+
+
+def server_routes(tmp_path: Path) -> list[tuple[str, str]]:
+    app = server_app(tmp_path)
+    return [
+        (method, route.path)
+        for route in app.routes
+        for method in sorted(getattr(route, "methods", None) or ["GET"])
+        if hasattr(route, "path")
+    ]
+
+
+def concrete(pattern: str) -> str:
+    """A path that the pattern matches."""
+    return re.sub(r"\{[^}]*\}", "1", pattern).replace("*", "x")
+
+
+def refused(method: str, url: str) -> int:
+    headers = {"Content-Type": "application/json"}
+    answer = httpx.request(method, url, content=b"{}", headers=headers, trust_env=False, timeout=10)
+    return answer.status_code
+
+
+def agent_port(node: Node) -> int:
+    (pid,) = node.pids("agent")
+    listening = [
+        one.laddr.port
+        for one in psutil.Process(pid).net_connections("tcp")
+        if one.status == psutil.CONN_LISTEN
+    ]
+    assert len(listening) == 1
+    return int(listening[0])
+
+
+def test_no_route_of_any_application_answers_a_stranger(node: Node, tmp_path: Path) -> None:
+    places = {
+        f"http://127.0.0.1:{node.api_port}": server_routes(tmp_path),
+        node.url: [*server_routes(tmp_path), *_own(routes.ROUTES)],
+        f"http://127.0.0.1:{node.worker_port}": [*_own(relay.ROUTES), *_own(agent_api.ROUTES)],
+        f"http://127.0.0.1:{agent_port(node)}": _own(agent_api.ROUTES),
+    }
+    checked, open_doors = 0, []
+    for place, known in places.items():
+        assert known
+        for method, pattern in known:
+            status = refused(method, place + concrete(pattern))
+            checked += 1
+            if pattern in PUBLIC:
+                assert status not in {401, 403, 404} or pattern == "/auth/login", (place, pattern)
+            elif status not in {401, 403}:
+                open_doors.append((place, method, pattern, status))
+    assert open_doors == []
+    assert checked > 60
+
+
+def test_unknown_paths_tell_a_stranger_nothing(node: Node) -> None:
+    for place in (node.url, f"http://127.0.0.1:{node.worker_port}"):
+        for path in ("/", "/admin", "/v1/unknown", "/metrics", "/docs", "/debug/log_level"):
+            assert refused("GET", place + path) in {401, 404}, (place, path)
+
+
+def test_what_the_applications_list_is_what_they_serve(node: Node, tmp_path: Path) -> None:
+    """The list is taken from the applications: a route that is added is in it."""
+    app = server_app(tmp_path)
+
+    @app.get("/v2/forgotten")
+    async def forgotten() -> str:
+        return "open"
+
+    async def status() -> int:
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://t") as http:
+            return (await http.get("/v2/forgotten")).status_code
+
+    assert "/v2/forgotten" in {getattr(route, "path", "") for route in app.routes}
+    assert asyncio.run(status()) == 200  # so the test above would see it
+
+
+def _own(listed: object) -> list[tuple[str, str]]:
+    return [(route.method, route.pattern) for route in listed]  # type: ignore[attr-defined]
