@@ -67,8 +67,13 @@ async def run(
     desired.load()
     records = Records(settings.data_dir)
     leases = PortLeases(settings.service_port_range)
+    rhythm = rhythm or Rhythm()
     enrolment = Enrolment(
-        data_dir=settings.data_dir, server_url=server_url, join_token=join_token, registration=about
+        data_dir=settings.data_dir,
+        server_url=server_url,
+        join_token=join_token,
+        registration=about,
+        refused_s=rhythm.refused_s,
     )
     async with asyncio.TaskGroup() as group:
         files = ModelFiles(
@@ -89,7 +94,7 @@ async def run(
             limits=limits or Limits(),
         )
         control.adopt(adoption.find(records))
-        session = Session(server_url, enrolment, control, rhythm or Rhythm())
+        session = Session(server_url, enrolment, control, rhythm)
         tasks = [group.create_task(control.run()), group.create_task(session.run())]
         if listener is not None:
             api = Api(log_dir=settings.log_dir, secret=enrolment.secret)

@@ -46,7 +46,8 @@ class ControlPlane:
 
     Attributes:
         reports: (instance id, status) in the order they came.
-        refuse: HTTP status per request path pattern, to play a server in trouble.
+        refuse: "METHOD /path" pattern -> HTTP status, to play a server in trouble.
+        refused: requests that got an error.
     """
 
     def __init__(self, port: int) -> None:
@@ -64,7 +65,9 @@ class ControlPlane:
         self.statuses: list[WorkerStatus] = []
         self.reports: list[tuple[int, InstanceStatus]] = []
         self.refuse: dict[str, int] = {}
+        self.refused = 0
         self.watches = 0
+        self._breaking = 0
         self._changes: list[dict[str, Any]] = []
         self._news = asyncio.Condition()
 
@@ -81,6 +84,10 @@ class ControlPlane:
     async def remove(self, id: int) -> None:
         del self.instances[id]
         await self._tell("delete", id)
+
+    def break_watches(self) -> None:
+        """Cut the connection of each watch at its next event."""
+        self._breaking = self.watches
 
     async def until(self, true: Callable[[], Any], *, limit_s: float = 10.0) -> None:
         """Return once `true()` holds; looks after each request that came in."""
@@ -113,7 +120,7 @@ class ControlPlane:
         path, ok = exchange.path, True
         for pattern, status in self.refuse.items():
             if re.fullmatch(pattern, f"{exchange.method} {path}"):
-                _fail(exchange, status)
+                await self._refuse(exchange, status)
                 return
         token = (exchange.header(b"authorization") or b"").decode().removeprefix("Bearer ")
         if path == "/v2/workers/register":
@@ -121,13 +128,19 @@ class ControlPlane:
         elif token != self.credential:
             ok = False
         if not ok:
-            _fail(exchange, 401)
+            await self._refuse(exchange, 401)
         elif path == "/v2/watch":
             await self._watch(exchange)
         else:
             self._hear(exchange, path, body)
             async with self._news:
                 self._news.notify_all()
+
+    async def _refuse(self, exchange: Exchange, status: int) -> None:
+        self.refused += 1
+        _fail(exchange, status)
+        async with self._news:
+            self._news.notify_all()
 
     def _hear(self, exchange: Exchange, path: str, body: Any) -> None:
         if path == "/v2/workers/register":
@@ -171,6 +184,7 @@ class ControlPlane:
 
     async def _watch(self, exchange: Exchange) -> None:
         self.watches += 1
+        number = self.watches
         exchange.endless = True
         exchange.start(200, [(b"content-type", b"application/x-ndjson")])
         since = re.search(r"since=a\.(\d+)", exchange.query)
@@ -181,7 +195,11 @@ class ControlPlane:
             for id in sorted(self.instances):
                 await exchange.send(_line(self._event("put", id)))
         await exchange.send(_line({"type": "synced", "cursor": f"a.{sent}"}))
+        token = self.credential
         while True:
+            if number <= self._breaking or self.credential != token:
+                exchange.abort()
+                return
             for change in [c for c in self._changes if c["revision"] > sent]:
                 await exchange.send(_line(change))
             sent = self.revision

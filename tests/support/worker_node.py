@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 import os
+import socket
 import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -75,6 +76,7 @@ class Node:
         policy: Policy = QUICK_POLICY,
         limits: Limits = QUICK_LIMITS,
         rhythm: Rhythm = QUICK_RHYTHM,
+        listener: socket.socket | None = None,
     ) -> AsyncIterator[None]:
         """An agent in this process, until the context ends; then it leaves for that reason."""
         over = asyncio.Event()
@@ -90,6 +92,7 @@ class Node:
                     server_url=self.plane.url,
                     join_token=JOIN_TOKEN,
                     leave=told,
+                    listener=listener,
                     policy=policy,
                     limits=limits,
                     rhythm=rhythm,
