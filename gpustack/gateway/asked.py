@@ -11,7 +11,8 @@ _fields = msgspec.json.Decoder(_Fields)
 _text = msgspec.json.Decoder(str)
 _encoder = msgspec.json.Encoder()
 
-_TRUE: Final = b"true"
+_TRUE: Final = msgspec.Raw(b"true")  # compares with other Raw values alone
+_NULL: Final = msgspec.Raw(b"null")
 _INCLUDE_USAGE: Final = "include_usage"
 
 
@@ -47,7 +48,7 @@ def understand(body: bytes, *, has_stream: bool) -> Asked:
     options = _options(fields.get("stream_options"))
     if options is None or options.get(_INCLUDE_USAGE) == _TRUE:
         return Asked(model, body, injected=False)
-    options[_INCLUDE_USAGE] = msgspec.Raw(_TRUE)
+    options[_INCLUDE_USAGE] = _TRUE
     fields["stream_options"] = msgspec.Raw(_encoder.encode(options))
     return Asked(model, _encoder.encode(fields), injected=True)
 
@@ -64,7 +65,7 @@ def _model(fields: _Fields) -> str:
 
 def _options(raw: msgspec.Raw | None) -> _Fields | None:
     """The stream options; None if they are not what the API says: the engine will complain."""
-    if raw is None or raw == b"null":
+    if raw is None or raw == _NULL:
         return {}
     try:
         return _fields.decode(raw)
