@@ -41,7 +41,8 @@ class Client:
         self.base_url = base_url.rstrip("/")
         self._http = httpx.AsyncClient(
             base_url=self.base_url,
-            headers={"Authorization": f"Bearer {token}"} if token else {},
+            # Added up, not formatted: a `Secret` shows stars then.
+            headers={"Authorization": "Bearer " + token} if token else {},
             timeout=timeout_s,
             trust_env=False,  # no proxy ever stands between server and workers
             # Loading the system's certificates costs tens of milliseconds.
@@ -73,7 +74,8 @@ class Client:
         Raises:
             NotFound: there is none.
         """
-        found = next((model for model in await self.models() if model.name == name), None)
+        named = await self._list("/v2/models", Model, name=name)
+        found = next((model for model in named if model.name == name), None)
         if found is None:
             raise NotFound(f"no model is called {name}")
         return found
@@ -172,11 +174,11 @@ class Client:
 
     # --- the wire ------------------------------------------------------------------------
 
-    async def _list(self, path: str, kind: type[T]) -> list[T]:
+    async def _list(self, path: str, kind: type[T], **filters: str) -> list[T]:
         items: list[T] = []
         page = 1
         while True:
-            asked: dict[str, Any] = {"page": page, "perPage": PER_PAGE}
+            asked: dict[str, Any] = {"page": page, "perPage": PER_PAGE, **filters}
             got = _parsed(Page[kind], await self._call("GET", path, asked=asked))  # type: ignore[valid-type]
             items += got.items
             if page >= got.pagination.totalPage:

@@ -1,0 +1,174 @@
+import asyncio
+import os
+import re
+import resource
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+
+from gpustack.errors import NotFound, Unauthorized
+from gpustack.worker.api import ROUTES, Api
+from gpustack.worker.supervisor.engine_log import log_path, start_log
+
+SECRET = "agent-secret"
+
+
+@pytest.fixture
+async def client(tmp_path: Path) -> AsyncIterator[httpx.AsyncClient]:
+    async with served(tmp_path, SECRET) as url:
+        headers = {"Authorization": f"Bearer {SECRET}"}
+        async with httpx.AsyncClient(base_url=url, headers=headers, trust_env=False) as client:
+            yield client
+
+
+@asynccontextmanager
+async def served(log_dir: Path, secret: str | None) -> AsyncIterator[str]:
+    sock = socket.create_server(("127.0.0.1", 0))
+    port = sock.getsockname()[1]
+    async with asyncio.TaskGroup() as group:
+        task = group.create_task(Api(log_dir=log_dir, secret=lambda: secret).serve(sock))
+        yield f"http://127.0.0.1:{port}"
+        task.cancel()
+
+
+def write(log_dir: Path, text: str, *, instance_id: int = 7) -> Path:
+    """Add to an instance's log what an engine would."""
+    path = log_path(log_dir, instance_id)
+    path.parent.mkdir(exist_ok=True)
+    with path.open("a") as file:
+        file.write(text)
+    return path
+
+
+async def test_without_the_workers_secret_only_health_is_answered(tmp_path: Path) -> None:
+    write(tmp_path, "line\n")
+    async with served(tmp_path, SECRET) as url, httpx.AsyncClient(trust_env=False) as client:
+        assert (await client.get(f"{url}/healthz")).status_code == 200
+        for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": SECRET}):
+            for path in ("/v2/logs/7", "/v2/logs/8", "/anything", "/healthz/"):
+                answer = await client.get(f"{url}{path}", headers=headers)
+                assert (answer.status_code, answer.json()["code"]) == (401, Unauthorized.code)
+        assert (await client.post(f"{url}/healthz")).status_code == 401
+
+
+async def test_before_this_worker_registered_no_secret_is_right(tmp_path: Path) -> None:
+    async with served(tmp_path, None) as url, httpx.AsyncClient(trust_env=False) as client:
+        for token in ("x", "None", "null"):
+            headers = {"Authorization": f"Bearer {token}"}
+            assert (await client.get(f"{url}/v2/logs/7", headers=headers)).status_code == 401
+
+
+def test_only_health_is_public() -> None:
+    assert [route.pattern for route in ROUTES if route.public] == ["/healthz"]
+    assert all(re.compile(route.pattern) for route in ROUTES)
+
+
+async def test_a_log_is_sent_whole_or_from_its_last_lines(
+    client: httpx.AsyncClient, tmp_path: Path
+) -> None:
+    write(tmp_path, "one\ntwo\nthree")
+    for tail, text in (
+        ("", "one\ntwo\nthree"),
+        ("?tail=0", ""),
+        ("?tail=1", "three"),
+        ("?tail=2", "two\nthree"),
+        ("?tail=3", "one\ntwo\nthree"),
+        ("?tail=99&follow=false", "one\ntwo\nthree"),
+    ):
+        answer = await client.get(f"/v2/logs/7{tail}")
+        assert (answer.status_code, answer.text) == (200, text), tail
+    write(tmp_path, "\n")
+    assert (await client.get("/v2/logs/7?tail=1")).text == "three\n"
+
+
+async def test_lines_that_span_many_pieces_are_counted_right(
+    client: httpx.AsyncClient, tmp_path: Path
+) -> None:
+    lines = [f"{n} " + "x" * (n * 7919 % 100_000) + "\n" for n in range(40)]
+    write(tmp_path, "".join(lines))
+    for count in (1, 2, 7, 39, 40, 41):
+        answer = await client.get(f"/v2/logs/7?tail={count}")
+        assert answer.text == "".join(lines[-count:])
+
+
+async def test_what_there_is_not_and_what_makes_no_sense_is_said(
+    client: httpx.AsyncClient, tmp_path: Path
+) -> None:
+    answer = await client.get("/v2/logs/8")
+    assert (answer.status_code, answer.json()["code"]) == (404, NotFound.code)
+    assert answer.json()["message"] == "instance 8 has no log on this worker"
+    write(tmp_path, "line\n")
+    answer = await client.get("/v2/logs/7?previous=true")
+    assert answer.json()["message"] == "instance 7 has no previous log on this worker"
+    for query in ("tail=many", "tail=-1", "follow=perhaps"):
+        answer = await client.get(f"/v2/logs/7?{query}")
+        assert (answer.status_code, answer.json()["code"]) == (400, "bad_request")
+    assert (await client.get("/v2/logs/../logs/7x")).status_code == 404
+    assert (await client.delete("/v2/logs/7")).status_code == 404
+
+
+async def test_the_previous_run_has_its_own_log(client: httpx.AsyncClient, tmp_path: Path) -> None:
+    write(tmp_path, "first run\n")
+    os.close(start_log(log_path(tmp_path, 7)))
+    write(tmp_path, "second run\n")
+    assert (await client.get("/v2/logs/7?previous=true")).text == "first run\n"
+    assert (await client.get("/v2/logs/7")).text == "second run\n"
+
+
+async def test_a_followed_log_goes_on_through_new_runs_and_cuts(
+    client: httpx.AsyncClient, tmp_path: Path
+) -> None:
+    path = write(tmp_path, "a\nb\n")
+    async with asyncio.timeout(10), client.stream("GET", "/v2/logs/7?tail=1&follow=true") as answer:
+        lines = answer.aiter_lines()
+        assert await anext(lines) == "b"
+        write(tmp_path, "c\n")
+        assert await anext(lines) == "c"
+        write(tmp_path, "the end\n")
+        os.close(start_log(path))
+        write(tmp_path, "a new run\n")
+        assert await anext(lines) == "the end"
+        assert await anext(lines) == "a new run"
+        os.truncate(path, 0)
+        await asyncio.sleep(0.3)  # who cuts and writes in one breath cannot be told from an append
+        write(tmp_path, "cut\n")
+        assert await anext(lines) == "cut"
+
+
+async def test_following_ends_when_the_client_leaves(tmp_path: Path) -> None:
+    write(tmp_path, "a\n")
+    async with served(tmp_path, SECRET) as url:
+        headers = {"Authorization": f"Bearer {SECRET}"}
+        async with (
+            httpx.AsyncClient(trust_env=False, headers=headers) as client,
+            client.stream("GET", f"{url}/v2/logs/7?follow=true") as answer,
+        ):
+            assert await anext(answer.aiter_bytes()) == b"a\n"
+            before = len(asyncio.all_tasks())
+        async with asyncio.timeout(5):
+            while len(asyncio.all_tasks()) >= before:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+
+
+async def test_a_log_of_gigabytes_takes_no_memory(
+    client: httpx.AsyncClient, tmp_path: Path
+) -> None:
+    path = write(tmp_path, "")
+    with path.open("ab") as file:
+        file.truncate(4 << 30)  # a hole: it takes no disk
+        file.seek(0, os.SEEK_END)
+        file.write(b"\nlast\n")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert (await client.get("/v2/logs/7?tail=1")).text == "last\n"
+    async with client.stream("GET", "/v2/logs/7") as answer:
+        got = 0
+        async for piece in answer.aiter_raw():
+            got += len(piece)
+            if got > 256 << 20:
+                break
+    grown_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    assert grown_kib < 32 << 10
