@@ -78,6 +78,37 @@ async def test_running_instances_are_counted_and_deleting_the_model_frees_everyt
     assert (await admin.post("/v2/models", json=MODEL)).status_code == 201
 
 
+@pytest.mark.parametrize("last", ["error", "starting", None])
+async def test_a_model_goes_with_its_last_instance_whatever_that_was_doing(
+    plane: Plane, last: str | None
+) -> None:
+    admin, agent = await plane.admin(), await plane.worker()
+    model = (await admin.post("/v2/models", json=MODEL)).json()
+    (one,) = await placed(plane, admin)
+    if last:
+        assert (await agent.say(one["id"], last)).status_code == 204
+    await admin.delete(f"/v2/models/{model['id']}")
+
+    async def gone() -> bool:
+        await agent.say(one["id"], "gone")
+        return (await admin.get(f"/v2/models/{model['id']}")).status_code == 404
+
+    await eventually(gone, "the model is gone")
+
+
+async def test_a_removed_worker_takes_its_instances_along_and_they_are_made_anew(
+    plane: Plane,
+) -> None:
+    admin, agent = await plane.admin(), await plane.worker("one")
+    await admin.post("/v2/models", json=MODEL)
+    (old,) = await placed(plane, admin)
+    other = await plane.worker("other")
+    assert (await admin.delete(f"/v2/workers/{agent.id}")).status_code == 204
+    (new,) = await placed(plane, admin)
+    assert (new["id"] != old["id"], new["worker_id"]) == (True, other.id)
+    assert (await agent.http.get("/v2/model-instances")).status_code == 401
+
+
 async def test_scaling_down_removes_first_what_does_not_run(plane: Plane) -> None:
     admin, agent = await plane.admin(), await plane.worker()
     model = (await admin.post("/v2/models", json=MODEL | {"replicas": 2})).json()

@@ -19,6 +19,7 @@ from gpustack.server.api.lists import page_of, watch_of
 from gpustack.server.auth.principals import Admin, AnyUser, Watcher, WorkerAgent
 from gpustack.server.db import tables
 from gpustack.server.db.database import Database, get, touch
+from gpustack.server.db.instances import remove
 from gpustack.server.views import USER, load
 
 router = APIRouter(prefix="/v2/model-instances", tags=["model-instances"])
@@ -86,12 +87,12 @@ async def report(db: Db, worker: WorkerAgent, instance_id: int, status: Instance
             raise Conflict(f"instance {row.name} cannot go from {old} to {status.state}")
         if status.state is InstanceState.GONE and not row.deleting:
             raise Conflict(f"instance {row.name} is wanted: start it again")
-        model = await get(session, tables.Model, row.model_id)
-        if InstanceState.RUNNING in {old, status.state} and old is not status.state:
-            touch(session, model)  # its ready_replicas changed
         if status.state is InstanceState.GONE:
-            await session.delete(row)
+            await remove(session, row)
         else:
+            if InstanceState.RUNNING in {old, status.state} and old is not status.state:
+                # its ready_replicas changed
+                touch(session, await get(session, tables.Model, row.model_id))
             changes = status.model_dump(exclude={"state"}) | {"reported_state": status.state}
             for name, value in changes.items():
                 if getattr(row, name) != value:

@@ -16,6 +16,7 @@ from gpustack.server.api.lists import page_of, watch_of
 from gpustack.server.auth.principals import Admin, Principal, WorkerAgent
 from gpustack.server.db import tables
 from gpustack.server.db.database import WriteSession, get
+from gpustack.server.db.instances import remove
 from gpustack.server.views import worker_view
 
 router = APIRouter(prefix="/v2/workers", tags=["workers"])
@@ -49,10 +50,12 @@ async def delete_worker(db: Db, admin: Admin, worker_id: int) -> Response:
     """Forget a worker and what is on it. Its instances are made anew elsewhere."""
     async with db.write() as session:
         worker = await get(session, tables.Worker, worker_id)
-        for table in (tables.Instance, tables.Credential):
-            owned = await session.exec(select(table).where(col(table.worker_id) == worker_id))
-            for row in owned.all():
-                await session.delete(row)
+        on_it = select(tables.Instance).where(tables.Instance.worker_id == worker_id)
+        for instance in (await session.exec(on_it)).all():
+            await remove(session, instance)
+        its = select(tables.Credential).where(tables.Credential.worker_id == worker_id)
+        for credential in (await session.exec(its)).all():
+            await session.delete(credential)
         await session.flush()
         await session.delete(worker)
     return Response(status_code=204)

@@ -4,6 +4,7 @@ A placed one goes when its worker says that every process of it has ended, or wi
 """
 
 from gpustack.server.db.database import Database
+from gpustack.server.db.instances import remove
 from gpustack.server.db.tables import Instance
 
 
@@ -15,5 +16,5 @@ class Instances:
         async with self._db.write() as session:
             instance = await session.get(Instance, key)
             if instance is not None and instance.deleting and instance.worker_id is None:
-                await session.delete(instance)
+                await remove(session, instance)
         return None
