@@ -145,6 +145,16 @@ def live_pids() -> list[int]:
     return [int(name) for name in os.listdir("/proc") if name.isdigit() and start_ticks(int(name))]
 
 
+def process_group(pid: int) -> int | None:
+    """The process group of `pid`; None when it is gone."""
+    if WINDOWS:
+        return pid
+    try:
+        return os.getpgid(pid)
+    except ProcessLookupError:
+        return None
+
+
 def group_alive(group: int) -> bool:
     """Whether any live process (zombies do not count) is in the process group `group`."""
     if WINDOWS:
