@@ -2,17 +2,13 @@
 
 import asyncio
 import logging
-import os
-import signal
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
-from pathlib import Path
-from typing import IO
+from collections.abc import Awaitable, Callable
 
 from gpustack.config import load
 from gpustack.config.options import Settings
-from gpustack.lib import platform, role
+from gpustack.lib import role
+from gpustack.lib.locks import take_over
 from gpustack.worker.api import Api
 from gpustack.worker.control import Control
 from gpustack.worker.desired import Desired
@@ -28,8 +24,6 @@ from gpustack.worker.supervisor.records import Records
 
 logger = logging.getLogger(__name__)
 
-#: Seconds that a predecessor has to let go of the agent's lock before it is killed.
-TAKE_OVER_S = 5.0
 #: Seconds for the last reports when the node stops.
 FAREWELL_S = 1.0
 
@@ -40,7 +34,9 @@ async def serve(boot: role.Boot) -> None:
     `stop` ends every engine; an orphaned agent lets go of them at once, and the next one adopts.
     """
     settings = load.from_json(boot.settings)
-    async with only_agent(settings.data_dir):
+    # Two agents at once would each start engines for the same instances. Killing one that hangs
+    # is safe: engines survive their agent.
+    with take_over(settings.data_dir / "agent.lock"):
         await run(
             settings,
             server_url=boot.extra["server_url"],
@@ -95,7 +91,8 @@ async def run(
         )
         control.adopt(adoption.find(records))
         session = Session(server_url, enrolment, control, rhythm)
-        tasks = [group.create_task(control.run()), group.create_task(session.run())]
+        talking = group.create_task(session.run())
+        tasks = [group.create_task(control.run()), talking]
         if listener is not None:
             api = Api(log_dir=settings.log_dir, secret=enrolment.secret)
             tasks.append(group.create_task(api.serve(listener)))
@@ -103,44 +100,8 @@ async def run(
         logger.info("leaving: %s", reason)
         if reason is role.Leave.STOP:
             await control.stop_all()
+            talking.cancel()
             await session.farewell(limit_s=FAREWELL_S)
         for task in tasks:
             task.cancel()
         control.let_go()
-
-
-@asynccontextmanager
-async def only_agent(data_dir: Path, *, patience_s: float = TAKE_OVER_S) -> AsyncIterator[None]:
-    """Hold `<data-dir>/agent.lock`: two agents would each start engines for the same instances.
-
-    A predecessor that still holds it after `patience_s` is killed; engines survive that.
-    """
-    with _lock_file(data_dir) as file:
-        while not await _locked(file, patience_s):
-            file.seek(0)
-            if (pid := file.read().strip()).isdigit() and int(pid) != os.getpid():
-                logger.warning("killing agent %s, which does not let go of the lock", pid)
-                try:
-                    os.kill(int(pid), signal.SIGKILL)
-                except ProcessLookupError:
-                    logger.debug("agent %s is gone", pid)
-        file.seek(0)
-        file.truncate()
-        file.write(f"{os.getpid()}\n")
-        file.flush()
-        yield
-
-
-def _lock_file(data_dir: Path) -> IO[str]:
-    data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-    return (data_dir / "agent.lock").open("a+", encoding="ascii")
-
-
-async def _locked(file: IO[str], patience_s: float) -> bool:
-    loop = asyncio.get_running_loop()
-    deadline = loop.time() + patience_s
-    while not platform.lock(file):
-        if loop.time() >= deadline:
-            return False
-        await asyncio.sleep(0.02)
-    return True

@@ -5,6 +5,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 from gpustack.errors import GPUStackError
 from gpustack.lib.secrets import Secret
@@ -16,6 +17,14 @@ logger = logging.getLogger(__name__)
 Progress = Callable[[float], None]
 
 
+class Fetcher(Protocol):
+    """`gpustack.hub.files.fetch`."""
+
+    async def __call__(
+        self, spec: VersionSpec, cache_dir: Path, *, token: Secret | None, progress: Progress
+    ) -> Path: ...
+
+
 @dataclass
 class _Fetch:
     task: asyncio.Task[Path | Failure]
@@ -23,15 +32,27 @@ class _Fetch:
 
 
 class ModelFiles:
-    """Where the files of models are, fetching those that are not here yet."""
+    """Where the files of models are, fetching those that are not here yet.
+
+    Args:
+        group: where downloads run.
+        fetcher: None: the hub's.
+    """
 
     def __init__(
-        self, group: asyncio.TaskGroup, *, cache_dir: Path, token: Secret | None, worker_name: str
+        self,
+        group: asyncio.TaskGroup,
+        *,
+        cache_dir: Path,
+        token: Secret | None,
+        worker_name: str,
+        fetcher: Fetcher | None = None,
     ) -> None:
         self._group = group
         self._cache_dir = cache_dir
         self._token = token
         self._worker_name = worker_name
+        self._fetcher = fetcher
         self._fetches: dict[tuple[str | None, str | None], _Fetch] = {}
 
     async def path(self, spec: VersionSpec, progress: Progress) -> Path | Failure:
@@ -70,10 +91,13 @@ class ModelFiles:
         return _Fetch(self._group.create_task(self._fetch(spec, progress)))
 
     async def _fetch(self, spec: VersionSpec, progress: Progress) -> Path | Failure:
-        from gpustack.hub.files import fetch  # its libraries are heavy, and often not needed
+        fetcher = self._fetcher
+        if fetcher is None:
+            from gpustack.hub.files import fetch  # its libraries are heavy, and often not needed
 
+            fetcher = fetch
         try:
-            path: Path = await fetch(spec, self._cache_dir, token=self._token, progress=progress)
+            path = await fetcher(spec, self._cache_dir, token=self._token, progress=progress)
         except (GPUStackError, OSError) as error:
             return Failure(Trouble.FILES, f"cannot fetch {spec.location}: {error}")
         return path

@@ -112,17 +112,18 @@ class Session:
         told: dict[str, object] | None = None
         told_at = 0.0
         while True:
-            status = await detectors.detect()
-            facts = status.facts()
-            if facts != told or loop.time() - told_at >= self._rhythm.status_s:
-                try:
+            try:
+                status = await detectors.detect()
+                facts = status.facts()
+                if facts != told or loop.time() - told_at >= self._rhythm.status_s:
                     await client.report_worker(worker_id, status)
-                except (Unauthorized, Forbidden):
-                    raise
-                except GPUStackError as error:
-                    logger.debug("status not told: %s", error)
-                else:
                     told, told_at = facts, loop.time()
+            except (Unauthorized, Forbidden):
+                raise
+            except GPUStackError as error:
+                logger.debug("status not told: %s", error)  # heartbeats say it aloud
+            except TimeoutError:
+                logger.warning("this machine does not say what it has: a driver may hang")
             await asyncio.sleep(self._rhythm.look_s)
 
 

@@ -132,6 +132,9 @@ class AgentProcess:
         self._process.kill()
         await self._process.wait()
 
+    async def wait(self) -> int:
+        return await self._process.wait()
+
     async def stop(self) -> int:
         """What the launcher does when the node stops; the agent's exit code."""
         assert self._process.stdin

@@ -109,10 +109,9 @@ class Engine:
             self._see(phase=Phase.STARTING, progress=None, port=plan.record.port)
             try:
                 child, record = self._spawn(plan)
-            except OSError as error:
+            except (OSError, ValueError) as error:  # ValueError: a zero byte in the command
                 self._records.remove(plan.record.uid)
-                command = plan.record.argv[0]
-                return Failure(Trouble.SPAWN, f"cannot run {command}: {error.strerror or error}")
+                return Failure(Trouble.SPAWN, f"cannot run {plan.record.argv[0]}: {error}")
             return await self._tend(record, plan.secret, child)
         finally:
             self._done.set()

@@ -15,17 +15,14 @@ def groups_by_uid(home: Path) -> dict[str, set[int]]:
     Never our own group, whatever its environment says.
     """
     found: dict[str, set[int]] = {}
-    own = os.getpgrp()
+    own = platform.process_group(os.getpid())
     for pid in platform.live_pids():
         environment = platform.process_environment(pid)
         uid = environment.get(UID_VARIABLE)
         if not uid or environment.get(HOME_VARIABLE) != os.fspath(home):
             continue
-        try:
-            group = os.getpgid(pid)
-        except ProcessLookupError:
-            continue
-        if group > 1 and group != own:
+        group = platform.process_group(pid)
+        if group is not None and group > 1 and group != own:
             found.setdefault(uid, set()).add(group)
     return found
 
