@@ -51,6 +51,21 @@ async def test_an_orphaned_agent_exits_at_once_and_leaves_its_engine(
     assert len(plane.reports) == so_far
 
 
+async def test_an_agent_that_hangs_is_replaced_and_its_engine_adopted(
+    node: Node, plane: ControlPlane
+) -> None:
+    hung = await node.spawn()
+    await plane.assign(assigned(1, node.spec()))
+    first = await plane.until_state(1, RUNNING, limit_s=20)
+    os.kill(hung.pid, signal.SIGSTOP)
+    so_far = len(plane.reports)
+    agent = await node.spawn()
+    again = await plane.until_state(1, RUNNING, after=so_far, limit_s=20)
+    assert again.pid == first.pid
+    assert await hung.wait() == -signal.SIGKILL
+    await agent.stop()
+
+
 async def test_the_end_of_an_adopted_engine_is_seen_and_it_is_started_again(
     node: Node, plane: ControlPlane
 ) -> None:
