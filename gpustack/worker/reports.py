@@ -21,11 +21,19 @@ class Reports:
     Args:
         ended: told once the server knows that an instance is gone from this worker.
         unknown: told when the server does not know an instance (any more).
+        echo_s: what the server shows is not compared for so long after a report.
     """
 
-    def __init__(self, ended: Callable[[int], None], unknown: Callable[[int], None]) -> None:
+    def __init__(
+        self,
+        ended: Callable[[int], None],
+        unknown: Callable[[int], None],
+        *,
+        echo_s: float = ECHO_S,
+    ) -> None:
         self._ended = ended
         self._unknown = unknown
+        self._echo_s = echo_s
         self._now: dict[int, InstanceStatus] = {}
         self._told: dict[int, InstanceStatus] = {}
         self._told_at: dict[int, float] = {}
@@ -48,7 +56,7 @@ class Reports:
         told = self._told.get(instance.id)
         if told is None or instance.deleting or told.state is instance.state:
             return
-        if asyncio.get_running_loop().time() - self._told_at[instance.id] > ECHO_S:
+        if asyncio.get_running_loop().time() - self._told_at[instance.id] > self._echo_s:
             del self._told[instance.id]
             self._news.set()
 

@@ -15,7 +15,7 @@ from typing import Any
 from gpustack.forward.listener import Exchange, Server, asynchronous
 from gpustack.lib.secrets import new_secret
 from gpustack.schemas import wire
-from gpustack.schemas.instances import AssignedInstance, InstanceState, InstanceStatus
+from gpustack.schemas.instances import AssignedInstance, InstanceState, InstanceStatus, can_move
 from gpustack.schemas.models import VersionSpec
 from gpustack.schemas.workers import Heartbeat, Registration, WorkerStatus
 
@@ -48,6 +48,7 @@ class ControlPlane:
         reports: (instance id, status) in the order they came.
         refuse: "METHOD /path" pattern -> HTTP status, to play a server in trouble.
         refused: requests that got an error.
+        strict: whether illegal moves get 409, as the server's own table has them.
     """
 
     def __init__(self, port: int) -> None:
@@ -66,6 +67,7 @@ class ControlPlane:
         self.reports: list[tuple[int, InstanceStatus]] = []
         self.refuse: dict[str, int] = {}
         self.refused = 0
+        self.strict = False
         self.watches = 0
         self._breaking = 0
         self._changes: list[dict[str, Any]] = []
@@ -173,6 +175,9 @@ class ControlPlane:
         known = self.instances.get(id)
         if known is None:
             _fail(exchange, 404)
+            return
+        if self.strict and not can_move(known.state, status.state):
+            _fail(exchange, 409)
             return
         if status.state is InstanceState.GONE:
             del self.instances[id]

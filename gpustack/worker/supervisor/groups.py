@@ -35,14 +35,14 @@ async def end_group(
     Args:
         reap: collects the group's leader if it is a child of ours and has exited.
     """
-    platform.kill_group(group, force=False)
-    if await _gone(group, limit_s, reap):
-        return
-    platform.kill_group(group, force=True)
-    # A process that survives SIGKILL hangs in the kernel. There is nothing else to do than wait:
-    # its port and memory are in use until then.
-    while not await _gone(group, limit_s, reap):
-        platform.kill_group(group, force=True)
+    force = False
+    while True:
+        platform.kill_group(group, force=force)
+        if await _gone(group, limit_s, reap):
+            return
+        # A process that survives SIGKILL hangs in the kernel. There is nothing else to do than
+        # wait: its port and memory are in use until then.
+        force = True
 
 
 async def _gone(group: int, limit_s: float, reap: Callable[[], object] | None) -> bool:
