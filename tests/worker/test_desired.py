@@ -1,4 +1,5 @@
 import json
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,12 @@ from tests.support.control_plane import assigned
 
 SPEC = VersionSpec(source=Source.LOCAL_PATH, local_path="/m.gguf")
 
+MADE_AT = datetime(2026, 1, 1, tzinfo=UTC)
+
 
 def put(id: int, **more: Any) -> WatchEvent:
-    content = json.loads(assigned(id, SPEC, secret="s", **more).model_dump_json())
+    instance = assigned(id, SPEC, secret="s", created_at=MADE_AT, **more)
+    content = json.loads(instance.model_dump_json())
     return WatchEvent(type=EventType.PUT, kind=wire.INSTANCES, id=id, data=content)
 
 
