@@ -28,8 +28,14 @@ def second(node: Node, make_node: MakeNode) -> Node:
 
 @pytest.fixture(scope="module")
 def served(node: Node, second: Node, models: Path) -> Node:
-    node.deploy(SLOW, models / "slow.gguf", worker_selector={"worker": "server"})
-    node.deploy(THERE, models / "slow.gguf", worker_selector={"place": "second"})
+    # Threads of two engines that spin on the same two cores would wait for each other.
+    for name, selector in ((SLOW, {"worker": "server"}), (THERE, {"place": "second"})):
+        node.deploy(
+            name,
+            models / "slow.gguf",
+            worker_selector=selector,
+            backend_parameters=["--threads=1", "--threads-batch=1"],
+        )
     return node
 
 
