@@ -16,6 +16,7 @@ class Phase(StrEnum):
     """Where an engine is between its start and its end."""
 
     ADOPTED = "adopted"  # found alive at our start; has not answered us yet
+    PREPARING = "preparing"  # a port, a program and its files are looked for; no process yet
     DOWNLOADING = "downloading"  # its files are being fetched; no process yet
     STARTING = "starting"  # its process is there, or about to be, and does not answer yet
     RUNNING = "running"  # it answers

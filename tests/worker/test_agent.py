@@ -5,11 +5,14 @@ import signal
 import socket
 
 import psutil
+import pytest
 
 from gpustack.lib import platform
 from gpustack.schemas.instances import InstanceState
+from gpustack.schemas.models import Source
 from gpustack.worker.reconcile import Policy
 from tests.support.control_plane import ControlPlane, assigned
+from tests.support.fake_hub import fake_hub
 from tests.support.worker_node import Node, eventually
 
 RUNNING, ERROR, GONE = InstanceState.RUNNING, InstanceState.ERROR, InstanceState.GONE
@@ -162,6 +165,24 @@ async def test_a_missing_file_is_an_error_that_names_file_and_worker(
         await plane.assign(assigned(1, node.spec(local_path="/nowhere/m.gguf")))
         failed = await plane.until_state(1, ERROR)
         assert failed.state_message == "file not found: /nowhere/m.gguf on worker worker-ä"
+
+
+async def test_a_file_of_the_hub_is_fetched_first_and_the_progress_told(
+    node: Node, plane: ControlPlane, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with fake_hub() as hub:
+        monkeypatch.setenv("HF_ENDPOINT", hub.url)
+        hub.repos["org/m"] = {"m.gguf": b"GGUF" * 100_000}
+        hub.cuts = [100_000]
+        remote = {"source": Source.HUGGING_FACE, "huggingface_repo_id": "org/m"}
+        async with node.agent():
+            spec = node.spec(huggingface_filename="m.gguf", **remote)
+            await plane.assign(assigned(1, spec))
+            await plane.until_state(1, RUNNING)
+            assert plane.states(1) == ["downloading", "starting", "running"]
+            progress = [s.download_progress for _, s in plane.reports if s.download_progress]
+            assert all(0 < share <= 100 for share in progress)
+            assert str(node.data_dir / "cache") in node.log(1)
 
 
 async def test_an_engine_version_that_is_not_installed_is_an_error_that_says_where(

@@ -74,6 +74,7 @@ def test_an_instance_that_had_been_started_before_counts_on(state: InstanceState
     ("phase", "states"),
     [
         (Phase.ADOPTED, []),  # nothing that the server does not know
+        (Phase.PREPARING, []),
         (Phase.DOWNLOADING, ["downloading"]),
         (Phase.STARTING, ["starting"]),
         (Phase.RUNNING, ["running"]),

@@ -73,7 +73,7 @@ class Engine:
     """
 
     def __init__(self, records: Records, limits: Limits, changed: Callable[[], None]) -> None:
-        self.observed = Observed(Phase.STARTING)
+        self.observed = Observed(Phase.PREPARING)
         self._records = records
         self._limits = limits
         self._changed = changed
