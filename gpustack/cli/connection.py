@@ -1,0 +1,113 @@
+"""Which server a command talks to, and as whom."""
+
+import asyncio
+import functools
+import json
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+from urllib.parse import urlsplit
+
+import click
+
+from gpustack.errors import SettingsError
+from gpustack.lib.net import is_loopback
+from gpustack.lib.platform import default_data_dir
+from gpustack.lib.secrets import Secret
+
+if TYPE_CHECKING:
+    from gpustack.client import Client
+
+T = TypeVar("T")
+
+DEFAULT_PORT = 80
+
+
+@dataclass(frozen=True, slots=True)
+class Connection:
+    """Where the server is, and the credential to show; None: what loopback allows."""
+
+    url: str
+    token: Secret | None
+
+    def client(self) -> "Client":
+        from gpustack.client import Client  # httpx and pydantic: not for --help
+
+        return Client(self.url, self.token.reveal() if self.token else None)
+
+    def run(self, act: "Callable[[Client], Awaitable[T]]") -> T:
+        """What `act` answers, given a client of this server."""
+
+        async def main() -> T:
+            async with self.client() as client:
+                return await act(client)
+
+        return asyncio.run(main())
+
+
+def connection(url: str | None, token: str | None, data_dir: Path | None) -> Connection:
+    """The connection that options and environment mean.
+
+    On the server's own machine nothing need be given: the node's lock file has its port, and
+    the administrator's credential is readable to whoever may read the data directory. That
+    credential goes to this machine only.
+
+    Raises:
+        SettingsError: the URL is none.
+    """
+    place = data_dir or default_data_dir()
+    if url is None:
+        url = f"http://127.0.0.1:{_port(place)}"
+    parts = urlsplit(url)
+    if parts.scheme not in {"http", "https"} or not parts.hostname:
+        raise SettingsError(f"--server-url: want a URL such as http://server:80, got {url!r}")
+    if token:
+        return Connection(url, Secret(token))
+    return Connection(url, _local_admin(place) if is_loopback(parts.hostname) else None)
+
+
+def _port(data_dir: Path) -> int:
+    """Of the server node that runs on `data_dir`, or the port that servers have by default."""
+    try:
+        said = json.loads((data_dir / "lock").read_text())
+    except (OSError, ValueError):
+        return DEFAULT_PORT
+    port = said.get("port") if isinstance(said, dict) else None
+    return port if isinstance(port, int) else DEFAULT_PORT
+
+
+def _local_admin(data_dir: Path) -> Secret | None:
+    try:
+        return Secret((data_dir / "local_admin").read_text().strip())
+    except OSError:
+        return None
+
+
+def connected(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a command the options of a connection; it is called with the connection first."""
+
+    @click.option(
+        "--server-url",
+        envvar="GPUSTACK_SERVER_URL",
+        metavar="URL",
+        help="The server; by default the one on this machine.",
+    )
+    @click.option(
+        "--api-key",
+        envvar="GPUSTACK_API_KEY",
+        metavar="KEY",
+        help="Not needed on the server's own machine. Prefer the variable GPUSTACK_API_KEY: "
+        "other users can read command lines.",
+    )
+    @click.option(
+        "--data-dir", envvar="GPUSTACK_DATA_DIR", metavar="DIR", type=click.Path(path_type=Path),
+        help="Data directory of the server on this machine.",
+    )  # fmt: skip
+    @functools.wraps(command)
+    def called(
+        *args: Any, server_url: str | None, api_key: str | None, data_dir: Path | None, **more: Any
+    ) -> Any:
+        return command(connection(server_url, api_key, data_dir), *args, **more)
+
+    return called

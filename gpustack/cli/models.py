@@ -1,0 +1,147 @@
+"""`gpustack models`: list, deploy, delete."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from gpustack.cli.connection import Connection, connected
+from gpustack.cli.tables import as_json, show
+from gpustack.errors import Invalid
+
+if TYPE_CHECKING:
+    from gpustack.client import Client
+    from gpustack.schemas.models import Model, ModelCreate
+
+CATEGORIES = ("llm", "embedding", "reranker")
+
+
+@click.group()
+def models() -> None:
+    """List, deploy and delete models."""
+
+
+@models.command("list")
+@as_json
+@connected
+def list_models(server: Connection, as_json: bool) -> None:
+    """List models: what was deployed, and how much of it answers."""
+
+    async def act(client: "Client") -> "list[Model]":
+        return await client.models()
+
+    show(
+        server.run(act),
+        ("ID", "NAME", "READY", "SOURCE", "STATE"),
+        lambda m: (m.id, m.name, f"{m.ready_replicas}/{m.replicas}", m.location, _state(m)),
+        as_json=as_json,
+    )
+
+
+def _state(model: "Model") -> str:
+    if model.deleting:
+        return "deleting"
+    if model.state_message:
+        return model.state_message
+    return "running" if model.ready_replicas >= model.replicas else "starting"
+
+
+@models.command()
+@click.argument("name")
+@click.argument("source", required=False)
+@click.option("--local-path", metavar="FILE", help="A file or folder on the workers.")
+@click.option("--huggingface-repo-id", metavar="ORG/REPO", help="A repository of the Hub.")
+@click.option("--huggingface-filename", metavar="FILE", help="One of its files, or a pattern.")
+@click.option("--replicas", type=click.IntRange(0, 1000), default=1, show_default=True)
+@click.option("--category", "categories", multiple=True, type=click.Choice(CATEGORIES))
+@click.option("--backend", metavar="NAME", help="Engine; by default by the model's files.")
+@click.option("--backend-parameter", "backend_parameters", multiple=True, metavar="--NAME=VALUE",
+              help="For the engine; repeatable.")  # fmt: skip
+@click.option("--env", "variables", multiple=True, metavar="NAME=VALUE",
+              help="For the engine's environment; repeatable.")  # fmt: skip
+@click.option("--wait", is_flag=True, help="Return once every replica answers.")
+@connected
+def deploy(
+    server: Connection, name: str, source: str | None, wait: bool, variables: tuple[str, ...],
+    **spec: Any,
+) -> None:  # fmt: skip
+    """Deploy a model under NAME.
+
+    SOURCE is a path such as /models/m.gguf or a repository such as org/repo:*Q4_K_M.gguf.
+    """
+    made = _creation(name, source, variables, spec)
+
+    async def act(client: "Client") -> None:
+        model = await client.create_model(made)
+        click.echo(f"model {model.name} is deployed", err=True)
+        if wait:
+            from gpustack.cli.waiting import until_running
+
+            await until_running(client, model, lambda words: click.echo(words, err=True))
+
+    server.run(act)
+
+
+def _creation(
+    name: str, source: str | None, variables: tuple[str, ...], spec: dict[str, Any]
+) -> "ModelCreate":
+    """The request that the command line means.
+
+    Raises:
+        Invalid: it contradicts itself, or lacks something.
+    """
+    from pydantic import ValidationError
+
+    from gpustack.schemas.models import ModelCreate
+
+    places = {k: spec.pop(k) for k in ("local_path", "huggingface_repo_id", "huggingface_filename")}
+    given = {key: value for key, value in places.items() if value is not None}
+    if source is not None and given:
+        raise Invalid("give either SOURCE or --local-path or --huggingface-…, not both")
+    if source is not None:
+        given = source_fields(source)
+    if given.keys() >= {"local_path", "huggingface_repo_id"}:
+        raise Invalid("give either --local-path or --huggingface-repo-id, not both")
+    if not given.keys() & {"local_path", "huggingface_repo_id"}:
+        raise Invalid("say which model: SOURCE, --local-path or --huggingface-repo-id")
+    env = dict(item.split("=", 1) for item in variables if "=" in item)
+    if wrong := next((item for item in variables if "=" not in item), None):
+        raise Invalid(f"--env: want NAME=VALUE, got {wrong!r}")
+    if "local_path" in given:
+        given["local_path"] = str(Path(given["local_path"]).expanduser().absolute())
+    kind = "local_path" if "local_path" in given else "huggingface"
+    try:
+        return ModelCreate(name=name, source=kind, env=env, **given, **spec)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(map(str, first["loc"])) or "the model"
+        raise Invalid(f"{field}: {first['msg']}") from None
+
+
+def source_fields(source: str) -> dict[str, str]:
+    """Which fields of a model's spec a SOURCE means.
+
+    Paths begin with a slash, a dot or a tilde, or name a file that is here; the rest are
+    repositories, with a file after a colon.
+    """
+    if source.startswith(("/", ".", "~")) or Path(source).exists():
+        return {"local_path": source}
+    repo, colon, file = source.partition(":")
+    if repo.count("/") != 1 or not all(repo.split("/")):
+        raise Invalid(f"SOURCE: want /a/path.gguf or org/repo[:file], got {source!r}")
+    return {"huggingface_repo_id": repo} | ({"huggingface_filename": file} if colon else {})
+
+
+@models.command()
+@click.argument("names", nargs=-1, required=True, metavar="NAME…")
+@connected
+def delete(server: Connection, names: tuple[str, ...]) -> None:
+    """Delete models; their engines are stopped."""
+
+    async def act(client: "Client") -> None:
+        found = [await client.model_by_name(name) for name in names]  # all of them, or none
+        for model in found:
+            await client.delete_model(model.id)
+            click.echo(f"model {model.name} is being deleted", err=True)
+
+    server.run(act)

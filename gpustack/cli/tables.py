@@ -1,0 +1,37 @@
+"""Lists for people, and the same as JSON for programs."""
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+
+as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+
+
+def show(
+    objects: "Sequence[BaseModel]",
+    columns: Sequence[str],
+    row: Callable[[Any], Iterable[object]],
+    *,
+    as_json: bool,
+) -> None:
+    """Print `objects`, one line each, or as one JSON list."""
+    if as_json:
+        click.echo(json.dumps([one.model_dump(mode="json") for one in objects], indent=2))
+    else:
+        click.echo(aligned([columns, *([str(cell) for cell in row(one)] for one in objects)]))
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Rows as lines whose columns begin below each other."""
+    flat = [[" ".join(cell.split()) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*flat, strict=True)]
+    lines = (
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        for row in flat
+    )
+    return "\n".join(line.rstrip() for line in lines)

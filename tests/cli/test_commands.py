@@ -1,0 +1,187 @@
+"""The users' commands against a real node, without a login."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from demo import tiny_gguf
+from gpustack import __version__
+from tests.cli.conftest import Run, environment
+from tests.support.node import Node
+
+
+@pytest.fixture(scope="module")
+def deployed(node: Node, model: Path) -> Path:
+    """Model `tiny` runs."""
+    node.deploy("tiny", model)
+    return model
+
+
+def test_a_model_is_deployed_used_and_deleted_without_a_login(run: Run, model: Path) -> None:
+    done = run("models", "deploy", "short-lived", str(model), "--wait", "--env", "A=b=c")
+    assert "is running" in done.stderr
+    (listed,) = json.loads(run("models", "list", "--json").stdout)
+    assert listed["name"] == "short-lived"
+    assert listed["env"] == {"A": "b=c"}
+    assert listed["local_path"] == str(model)
+    answer = run("chat", "short-lived", "hello").stdout
+    assert set(answer.split()) <= set(tiny_gguf.WORDS)
+    run("models", "delete", "short-lived")
+    assert "no model is called short-lived" in run("models", "delete", "short-lived", "x",
+                                                   status=1).stderr  # fmt: skip
+
+
+def test_lists_are_aligned_and_say_what_matters(run: Run, deployed: Path, node: Node) -> None:
+    header, row = run("models", "list").stdout.splitlines()
+    assert row[header.index("NAME") :].startswith("tiny ")
+    assert row[header.index("READY") :].startswith("1/1 ")
+    assert row[header.index("SOURCE") :].startswith(str(deployed))
+    header, row = run("instances", "list").stdout.splitlines()
+    assert row[header.index("STATE") :].startswith("running")
+    header, row = run("workers", "list").stdout.splitlines()
+    assert row[header.index("ADDRESS") :].split()[0].endswith(f":{node.worker_port}")
+    assert row[header.index("STATE") :].startswith("ready")
+
+
+def test_an_engines_log_is_printed_by_name_or_id(run: Run, deployed: Path) -> None:
+    (instance,) = json.loads(run("instances", "list", "--json").stdout)
+    for word in (instance["name"], str(instance["id"])):
+        lines = run("instances", "logs", word, "--tail", "3").stdout.splitlines()
+        assert len(lines) == 3
+    assert "no instance is called nobody" in run("instances", "logs", "nobody", status=1).stderr
+
+
+def test_a_followed_log_ends_with_ctrl_c_and_status_130(node: Node, deployed: Path) -> None:
+
+    words = ["instances", "logs", _instance(node), "-f"]
+    with subprocess.Popen(
+        [sys.executable, "-m", "gpustack", *words],
+        env=environment(node.data_dir), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        stdin=subprocess.DEVNULL,
+    ) as process:  # fmt: skip
+        assert process.stdout
+        assert process.stderr
+        assert process.stdout.readline()  # it is connected
+        process.send_signal(signal.SIGINT)
+        assert process.wait(10) == 130
+        assert b"Traceback" not in process.stderr.read()
+
+
+def _instance(node: Node) -> str:
+    with node.http() as http:
+        return str(http.get("/v2/model-instances").json()["items"][0]["name"])
+
+
+def test_a_conversation_remembers_until_it_is_told_to_forget(run: Run, deployed: Path) -> None:
+    lines = [r"\h", "hello", "world", r"\c", "hello", r"\q", "never"]
+    done = run("chat", "tiny", stdin="\n".join(lines) + "\n")
+    first, second, third = (part for part in done.stdout.split(">>> ") if part)
+    assert first == third  # forgotten: the same question alone
+    assert second != first
+    assert done.stderr.count("forgets") == 2
+
+
+def test_a_key_opens_the_gateway_at_once(run: Run, deployed: Path, node: Node) -> None:
+    key = run("api-keys", "create", "mine", "--expires-in", "1h").stdout.strip()
+    assert key.startswith("gpustack_")
+    elsewhere = {"GPUSTACK_DATA_DIR": "/nonexistent", "GPUSTACK_API_KEY": key}
+    assert run("chat", "tiny", "hi", "--server-url", node.url, **elsewhere).stdout.strip()
+    wrong = {"GPUSTACK_DATA_DIR": "/nonexistent", "GPUSTACK_API_KEY": "gpustack_wrong"}
+    assert run("models", "list", "--server-url", node.url, status=1, **wrong).stderr.startswith(
+        "Error: "
+    )
+
+
+def test_a_broken_model_ends_waiting_with_the_engines_words(run: Run, tmp_path: Path) -> None:
+    broken = tiny_gguf.write_broken(tmp_path / "broken.gguf")
+    done = run("models", "deploy", "broken", str(broken), "--wait", status=1)
+    assert "not within the file bounds" in done.stderr.splitlines()[-1]
+    run("models", "delete", "broken")
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["chat", "none", "hi"], "none"),
+        (["models", "deploy", "m"], "say which model"),
+        (["models", "deploy", "m", "/a.gguf", "--local-path", "/b.gguf"], "not both"),
+        (["models", "deploy", "m", "one/two/three"], "want /a/path.gguf or org/repo[:file]"),
+        (["models", "deploy", "bad name", "/a.gguf"], "name: "),
+        (["models", "deploy", "m", "/a.gguf", "--env", "A"], "want NAME=VALUE"),
+        (["api-keys", "create", "k", "--expires-in", "soon"], "want a duration"),
+        (["models", "list", "--server-url", "nonsense"], "want a URL"),
+        (["models", "list", "--server-url", "http://127.0.0.1:9"], "no answer from the server"),
+    ],
+)
+def test_what_goes_wrong_is_one_sentence_and_status_1(
+    words: list[str], sentence: str, run: Run
+) -> None:
+    done = run(*words, status=1)
+    assert sentence in done.stderr
+    assert done.stderr.startswith("Error: ")
+    assert len(done.stderr.splitlines()) == 1
+    assert done.stdout == ""
+
+
+def test_the_local_credential_never_leaves_this_machine(tmp_path: Path) -> None:
+    from gpustack.cli.connection import connection
+
+    (tmp_path / "local_admin").write_text("secret")
+    here = connection("http://localhost:8000", None, tmp_path)
+    assert here.token is not None
+    assert here.token.reveal() == "secret"
+    assert connection("http://gpu.example.com", None, tmp_path).token is None
+    given = connection("http://gpu.example.com", "given", tmp_path)
+    assert given.token is not None
+    assert given.token.reveal() == "given"
+
+
+def test_a_reader_that_goes_away_is_no_traceback(node: Node, deployed: Path) -> None:
+    script = f"{sys.executable} -m gpustack models list --json | head -c 1"
+    done = subprocess.run(
+        ["/bin/sh", "-c", script], env=environment(node.data_dir), capture_output=True,
+        timeout=30, check=True,
+    )  # fmt: skip
+    assert done.stdout == b"["
+    assert done.stderr == b""
+
+
+def test_the_version_needs_no_node(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "gpustack", "version"]
+    for words, want in ((["--short"], f"{__version__}\n"), ([], f"gpustack {__version__} (Python")):
+        done = subprocess.run(
+            [*command, *words], capture_output=True, text=True, check=True, timeout=20
+        )
+        assert done.stdout.startswith(want)
+
+
+def test_help_imports_no_command(tmp_path: Path) -> None:
+    code = (
+        "import sys; from gpustack.cli.app import main\n"
+        "try: main(['--help'])\n"
+        "finally: print(*sys.modules, file=sys.stderr)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=20, check=False,
+        env=dict(os.environ),
+    )  # fmt: skip
+    assert "chat" in done.stdout
+    loaded = set(done.stderr.split())
+    assert not {"gpustack.cli.models", "gpustack.cli.start", "httpx", "pydantic"} & loaded
+
+
+def test_every_command_that_help_names_exists() -> None:
+    import click
+
+    from gpustack.cli.app import COMMANDS, main
+
+    context = click.Context(main)
+    for name in COMMANDS:
+        command = main.get_command(context, name)
+        assert command is not None
+        assert command.help
