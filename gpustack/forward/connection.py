@@ -360,21 +360,24 @@ class Connection(asyncio.Protocol):
         return self.server.draining or self._unread > self.server.limits.discard_bytes
 
     def write(self, piece: bytes) -> None:
-        if self._transport is not None:
+        # uvloop raises on a transport that is closed and has not said so yet.
+        if self._transport is not None and not self._transport.is_closing():
             self._transport.write(piece)
 
     def pause_body(self) -> None:
-        if self._transport is not None and not self._paused:
+        transport = self._transport
+        if transport is not None and not self._paused and not transport.is_closing():
             self._paused = True
             self.deadline = math.inf
-            self._transport.pause_reading()
+            transport.pause_reading()
 
     def resume_body(self) -> None:
-        if self._transport is not None and self._paused:
+        transport = self._transport
+        if transport is not None and self._paused and not transport.is_closing():
             self._paused = False
             if self.incoming is not None:
                 self.deadline = self.server.now() + self.server.limits.body_s
-            self._transport.resume_reading()
+            transport.resume_reading()
 
     def abort(self) -> None:
         self.closing = True
@@ -393,7 +396,7 @@ class Connection(asyncio.Protocol):
         and the client might lose the answer."""
         self.closing = True
         self.deadline = self.server.now() + self.server.limits.linger_s
-        if self._transport is not None:
+        if self._transport is not None and not self._transport.is_closing():
             self._transport.write_eof()
 
     def close_if_idle(self, since: float) -> None:

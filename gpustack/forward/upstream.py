@@ -53,9 +53,14 @@ class Connection(asyncio.Protocol):
         self._reusable = False
         self._until_eof = False
 
+    def _open(self) -> asyncio.Transport | None:
+        """The transport while it takes anything: uvloop raises on one that is closing."""
+        transport = self._transport
+        return None if transport is None or transport.is_closing() else transport
+
     @property
     def usable(self) -> bool:
-        return self._transport is not None and not self._transport.is_closing()
+        return self._open() is not None
 
     def begin(self, call: Call) -> None:
         self._call = call
@@ -63,22 +68,22 @@ class Connection(asyncio.Protocol):
         call.begin(self, may_repeat=not self._fresh)
 
     def write(self, raw: bytes) -> None:
-        if self._transport is not None:
-            self._transport.write(raw)
+        if (transport := self._open()) is not None:
+            transport.write(raw)
 
     def writelines(self, pieces: list[bytes]) -> None:
-        if self._transport is not None:
-            self._transport.writelines(pieces)
+        if (transport := self._open()) is not None:
+            transport.writelines(pieces)
 
     def pause(self) -> None:
-        if self._transport is not None and not self._paused:
+        if not self._paused and (transport := self._open()) is not None:
             self._paused = True
-            self._transport.pause_reading()
+            transport.pause_reading()
 
     def resume(self) -> None:
-        if self._transport is not None and self._paused:
+        if self._paused and (transport := self._open()) is not None:
             self._paused = False
-            self._transport.resume_reading()
+            transport.resume_reading()
 
     def drop(self) -> None:
         """Close at once, telling nobody."""

@@ -403,7 +403,7 @@ async def test_a_slow_client_holds_its_engine_back(tmp_path: Path) -> None:
         fill(server, engine)
         async with gateway(tmp_path, server.port) as gate:
             client = await Client.to(gate.port)
-            client.writer.transport.pause_reading()
+            client.stop_reading()
             client.ask("POST", "/v1/chat/completions", AUTH, b'{"model":"m"}')
             before = -1
 
@@ -415,7 +415,7 @@ async def test_a_slow_client_holds_its_engine_back(tmp_path: Path) -> None:
 
             await eventually(stalled, "the engine waits")
             assert written < 64 * 1024 * 1024
-            client.writer.transport.resume_reading()
+            client.read_on()
             at = written
 
             async def goes_on() -> bool:

@@ -1,7 +1,10 @@
 """HTTP/1.1 by hand: requests that no well-behaved client would send, answers byte by byte."""
 
 import asyncio
+import contextlib
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from typing import cast
 
 
 @dataclass
@@ -26,6 +29,10 @@ class Client:
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.reader, self.writer = reader, writer
+
+    def __del__(self) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed, and its sockets with it
+            self.writer.transport.abort()
 
     @classmethod
     async def to(cls, port: int) -> "Client":
@@ -74,9 +81,15 @@ class Client:
         piece = await self.reader.readexactly(size + 2)
         return piece[:-2]
 
-    async def chunks(self):  # type: ignore[no-untyped-def]
+    async def chunks(self) -> AsyncIterator[bytes]:
         while piece := await self.chunk():
             yield piece
+
+    def stop_reading(self) -> None:
+        cast("asyncio.Transport", self.writer.transport).pause_reading()
+
+    def read_on(self) -> None:
+        cast("asyncio.Transport", self.writer.transport).resume_reading()
 
     async def closed(self, *, within_s: float = 5) -> bool:
         """Whether the other side ends the connection, with nothing more to say."""

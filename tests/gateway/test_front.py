@@ -1,0 +1,283 @@
+"""Who may use the gateway, and what it passes on."""
+
+import asyncio
+import json
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gpustack.gateway.routes import GATEWAY
+from tests.support.data_plane import AUTH, KEY, fill, gateway
+from tests.support.openai_engine import Seen, Wire, running
+from tests.support.raw_http import Client, ask
+from tests.support.wait import eventually
+from tests.support.watch_server import credential, watch_server
+
+BODY = b'{"model": "m"}'
+CHAT = "/v1/chat/completions"
+
+
+def code(body: bytes) -> Any:
+    return json.loads(body)["error"]["code"]
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [{"Authorization": f"Bearer {KEY}"}, {"authorization": f"bearer  {KEY}"}, {"X-Api-Key": KEY},
+     {"Api-Key": KEY}],
+)  # fmt: skip
+async def test_a_key_is_taken_wherever_clients_put_it(
+    tmp_path: Path, headers: dict[str, str]
+) -> None:
+    async with watch_server() as server, running() as engine:
+        fill(server, engine)
+        async with gateway(tmp_path, server.port) as gate:
+            assert (await ask(gate.port, "POST", CHAT, headers, BODY)).status == 200
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [{}, {"Authorization": "Bearer wrong"}, {"Authorization": "Bearer "}, {"X-Api-Key": ""},
+     {"Authorization": f"Basic {KEY}"}, {"Authorization": KEY}, {"Cookie": "gpustack_session=x"},
+     {"Authorization": "Bearer \xff\xfe"}],
+)  # fmt: skip
+async def test_without_a_known_credential_nothing_below_v1_answers(
+    tmp_path: Path, headers: dict[str, str]
+) -> None:
+    async with watch_server() as server, running() as engine:
+        fill(server, engine)
+        async with gateway(tmp_path, server.port) as gate:
+            for route in GATEWAY:
+                if not route.public:
+                    reply = await ask(gate.port, route.method, route.pattern, headers, BODY)
+                    assert reply.status == 401, route
+                    assert code(reply.body) == "invalid_api_key"
+            assert (await ask(gate.port, "GET", "/v1/made-up", headers)).status == 401
+            assert not engine.seen
+
+
+async def test_probes_answer_without_credentials(tmp_path: Path) -> None:
+    async with watch_server() as server:
+        async with gateway(tmp_path, server.port) as gate:
+            for route in GATEWAY:
+                if route.public:
+                    assert (await ask(gate.port, route.method, route.pattern)).status == 200
+            assert "version" in json.loads((await ask(gate.port, "GET", "/version")).body)
+
+
+@pytest.mark.parametrize(
+    ("more", "status", "word"),
+    [
+        ({"scopes": ["inference"]}, 200, None),
+        ({"scopes": ["management"]}, 403, "forbidden"),
+        ({"kind": "worker"}, 403, "forbidden"),
+        ({"kind": "gateway"}, 403, "forbidden"),
+        ({"kind": "local"}, 200, None),
+        ({"kind": "session", "password_change_required": True}, 403, "password_change_required"),
+        ({"expires_at": "2020-01-01T00:00:00.000Z"}, 401, "invalid_api_key"),
+        ({"expires_at": "2120-01-01T00:00:00.000Z"}, 200, None),
+    ],
+)
+async def test_a_credential_opens_only_what_it_is_for(
+    tmp_path: Path, more: dict[str, Any], status: int, word: str | None
+) -> None:
+    async with watch_server() as server, running() as engine:
+        fill(server, engine)
+        server.put("credentials", credential(2, "other", **more))
+        async with gateway(tmp_path, server.port) as gate:
+            reply = await ask(gate.port, "POST", CHAT, {"Authorization": "Bearer other"}, BODY)
+            assert reply.status == status
+            assert word is None or code(reply.body) == word
+
+
+async def test_a_browsers_cookie_runs_models_only_for_our_own_pages(tmp_path: Path) -> None:
+    async with watch_server() as server, running() as engine:
+        fill(server, engine)
+        server.put("credentials", credential(2, "login", kind="session"))
+        async with gateway(tmp_path, server.port) as gate:
+            cookie = {"Cookie": "a=b; gpustack_session=login; c=d", "Host": "gpu.example"}
+            for more, status in (
+                ({}, 403),
+                ({"Origin": "https://evil.example"}, 403),
+                ({"Origin": "https://gpu.example"}, 200),
+                ({"Sec-Fetch-Site": "same-origin"}, 200),
+            ):
+                reply = await ask(gate.port, "POST", CHAT, cookie | more, BODY)
+                assert reply.status == status, more
+            assert (await ask(gate.port, "GET", "/v1/models", cookie)).status == 200
+
+
+async def test_loopback_needs_no_login_unless_told_so(tmp_path: Path) -> None:
+    async with watch_server() as server, running() as engine:
+        fill(server, engine)
+        async with gateway(tmp_path / "a", server.port, force_auth=False) as gate:
+            assert (await ask(gate.port, "POST", CHAT, {}, BODY)).status == 200
+            for more in ({"Host": "evil.example"}, {"Via": "x"}, {"Origin": "http://evil.example"}):
+                assert (await ask(gate.port, "POST", CHAT, more, BODY)).status == 401
+            wrong = {"Authorization": "Bearer wrong"}
+            assert (await ask(gate.port, "POST", CHAT, wrong, BODY)).status == 401
+        async with gateway(tmp_path / "b", server.port, force_auth=True) as gate:
+            assert (await ask(gate.port, "POST", CHAT, {}, BODY)).status == 401
+
+
+async def test_a_key_is_usable_right_after_its_creation(tmp_path: Path) -> None:
+    async with watch_server() as server, running() as engine:
+        fill(server, engine)
+        async with gateway(tmp_path, server.port) as gate:
+            server.announces = False
+            server.put("credentials", credential(2, "new"))
+            reply = await ask(gate.port, "POST", CHAT, {"Authorization": "Bearer new"}, BODY)
+            assert reply.status == 200
+
+
+async def test_a_deleted_key_is_refused_at_once(tmp_path: Path) -> None:
+    async with watch_server() as server, running() as engine:
+        fill(server, engine)
+        async with gateway(tmp_path, server.port) as gate:
+            assert (await gate.chat()).status == 200
+            server.delete("credentials", 1)
+
+            async def refused() -> bool:
+                return (await gate.chat()).status == 401
+
+            await eventually(refused, "the key is refused")
+
+
+async def test_with_the_server_away_known_keys_work_and_unknown_ones_get_503(
+    tmp_path: Path,
+) -> None:
+    async with watch_server() as server, running() as engine:
+        fill(server, engine)
+        async with gateway(tmp_path, server.port) as gate:
+            server.http.stop()
+
+            async def noticed() -> bool:
+                return not gate.watch.connected
+
+            await eventually(noticed, "the gateway sees that the server is away")
+            assert (await gate.chat()).status == 200
+            started = time.monotonic()
+            reply = await gate.chat(headers={"Authorization": "Bearer unknown"})
+            assert (reply.status, code(reply.body)) == (503, "unavailable")
+            assert (await gate.chat({"model": "unknown"})).status == 404
+            assert time.monotonic() - started < 2
+
+
+async def test_strangers_share_their_questions_to_the_server(tmp_path: Path) -> None:
+    async with watch_server() as server:
+        fill(server)
+        async with gateway(tmp_path, server.port) as gate:
+            wrong = {"Authorization": "Bearer wrong"}
+            async with asyncio.TaskGroup() as group:
+                asked = [group.create_task(gate.chat(headers=wrong)) for _ in range(100)]
+            assert {task.result().status for task in asked} == {401}
+            assert server.flushes <= 5
+
+
+async def test_a_secret_is_never_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG)
+    async with watch_server() as server, running() as engine:
+        fill(server, engine)
+        async with gateway(tmp_path, server.port) as gate:
+            await gate.chat()
+            await gate.chat(headers={"Authorization": "Bearer unknown-secret"})
+            server.http.stop()
+            await gate.chat(headers={"Authorization": "Bearer unknown-secret"})
+    for secret in (KEY, "unknown-secret", "secret-1", "gateway-secret"):
+        assert secret not in caplog.text
+
+
+# --- what is passed on ---------------------------------------------------------------------
+
+
+async def test_everything_else_goes_to_the_server_with_its_origin_vouched_for(
+    tmp_path: Path,
+) -> None:
+    async with watch_server() as server:
+        async with gateway(tmp_path, server.port, force_auth=False) as gate:
+            forged = {"X-GPUStack-Gateway": "f", "X-GPUStack-Local": "1", "X-GPUStack-Peer": "1.1"}
+            own = {"Authorization": "Bearer a", "Cookie": "c=d", "X-Forwarded-For": "9.9.9.9"}
+            reply = await ask(
+                gate.port, "PUT", "/v2/models/a%2Fb?x=1", forged | own, b"z" * 3_000_000
+            )
+            assert json.loads(reply.body) == {"path": "/v2/models/a%2Fb?x=1", "size": 3_000_000}
+            seen = server.passed[0].headers
+            assert seen["x-gpustack-gateway"] == "gateway-secret"
+            assert seen["x-gpustack-peer"] == "127.0.0.1"
+            assert seen["x-gpustack-scheme"] == "http"
+            assert "x-gpustack-local" not in seen  # a forwarding header
+            assert (seen["authorization"], seen["cookie"]) == ("Bearer a", "c=d")
+            assert seen["host"] == "127.0.0.1"
+            await ask(gate.port, "GET", "/v2/models")
+            assert server.passed[1].headers["x-gpustack-local"] == "1"
+
+
+async def test_with_the_server_away_its_routes_are_a_503(tmp_path: Path) -> None:
+    async with watch_server() as server:
+        async with gateway(tmp_path, server.port) as gate:
+            server.http.stop()
+            reply = await ask(gate.port, "GET", "/v2/models")
+            assert reply.status == 503
+            assert json.loads(reply.body)["code"] == "unavailable"
+
+
+async def test_hop_by_hop_headers_stay_on_their_hop(tmp_path: Path) -> None:
+    async def answer(seen: Seen, wire: Wire) -> None:
+        await wire.raw(
+            b"HTTP/1.1 200 OK\r\nConnection: keep-alive, X-Hop\r\nX-Hop: 1\r\nKeep-Alive: 5\r\n"
+            b"Set-Cookie: a=1\r\nSet-Cookie: b=2\r\nContent-Length: 2\r\n\r\nok"
+        )
+
+    async with running(answer) as server:
+        async with gateway(tmp_path, server.port, ready=False) as gate:
+            client = await Client.to(gate.port)
+            client.ask(
+                "GET", "/ui", {"Connection": "close, X-Mine", "X-Mine": "1", "TE": "trailers"}
+            )
+            raw = await client.reader.read()
+            assert b"x-hop" not in raw.lower()
+            assert b"keep-alive" not in raw.lower()
+            assert raw.lower().count(b"set-cookie") == 2
+            ui = next(seen for seen in server.seen if seen.target == "/ui")
+            assert not {"x-mine", "te", "connection"} & set(ui.headers)
+
+
+async def test_a_drain_ends_a_passed_watch_at_once_and_lets_a_finite_answer_end(
+    tmp_path: Path,
+) -> None:
+    finish = asyncio.Event()
+
+    async def answer(seen: Seen, wire: Wire) -> None:
+        await wire.stream_head()
+        await wire.chunk(b"begin")
+        await finish.wait()
+        await wire.chunk(b"end")
+        await wire.end()
+
+    async with running(answer) as server:
+        async with gateway(tmp_path, server.port, ready=False) as gate:
+            finite, endless = await Client.to(gate.port), await Client.to(gate.port)
+            finite.ask("GET", "/v2/download")
+            endless.ask("GET", "/v2/models?watch=true")
+            for client in (finite, endless):
+                await client.head()
+                assert await client.chunk() == b"begin"
+            async with asyncio.TaskGroup() as group:
+                drained = group.create_task(gate.server.drain(idle_s=0.1))
+                async with asyncio.timeout(1):
+                    assert await endless.chunk() == b""
+                assert not drained.done()
+                finish.set()
+                assert await finite.chunk() == b"end"
+
+
+async def test_the_gateways_routes_are_data() -> None:
+    assert {route.pattern for route in GATEWAY if route.public} == {
+        "/healthz",
+        "/readyz",
+        "/version",
+    }
+    assert AUTH
