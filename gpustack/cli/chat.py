@@ -20,17 +20,21 @@ Message = dict[str, str]
 @click.command()
 @click.argument("model")
 @click.argument("prompt", required=False)
+@click.option("--max-tokens", type=click.IntRange(1), metavar="N", help="Of each answer, at most.")
+@click.option("--temperature", type=click.FloatRange(0), metavar="X", help="0: always the same.")
 @connected
-def chat(server: Connection, model: str, prompt: str | None) -> None:
+def chat(server: Connection, model: str, prompt: str | None, **limits: Any) -> None:
     """Ask MODEL, and print its answer as it comes. Without PROMPT: a conversation."""
+    given = {key: value for key, value in limits.items() if value is not None}
+    request = {"model": model, "stream": True, **given}
     with _http(server) as http:
         if prompt is not None:
-            _say(http, model, [{"role": "user", "content": prompt}])
+            _say(http, request, [{"role": "user", "content": prompt}])
         else:
-            _converse(http, model)
+            _converse(http, request)
 
 
-def _converse(http: "httpx.Client", model: str) -> None:
+def _converse(http: "httpx.Client", request: dict[str, Any]) -> None:
     said: list[Message] = []
     click.echo(HELP, err=True)
     while (line := _line()) is not None:
@@ -43,7 +47,7 @@ def _converse(http: "httpx.Client", model: str) -> None:
         elif line:
             asked: Message = {"role": "user", "content": line}
             try:
-                answer = _say(http, model, [*said, asked])
+                answer = _say(http, request, [*said, asked])
             except GPUStackError as error:
                 click.echo(f"Error: {error}", err=True)
             else:
@@ -59,10 +63,10 @@ def _line() -> str | None:
         return None
 
 
-def _say(http: "httpx.Client", model: str, messages: list[Message]) -> str:
+def _say(http: "httpx.Client", request: dict[str, Any], messages: list[Message]) -> str:
     """Print the answer to `messages` as it comes, and return it."""
     whole = []
-    for piece in _pieces(http, {"model": model, "messages": messages, "stream": True}):
+    for piece in _pieces(http, {**request, "messages": messages}):
         click.echo(piece, nl=False)
         whole.append(piece)
     click.echo()

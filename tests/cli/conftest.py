@@ -30,7 +30,7 @@ def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_gguf.write(tmp_path_factory.mktemp("models") / "chat.gguf")
+    return tiny_gguf.write(tmp_path_factory.mktemp("models") / "chat.gguf", context=256)
 
 
 @pytest.fixture

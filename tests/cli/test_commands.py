@@ -29,7 +29,8 @@ def test_a_model_is_deployed_used_and_deleted_without_a_login(run: Run, model: P
     assert listed["name"] == "short-lived"
     assert listed["env"] == {"A": "b=c"}
     assert listed["local_path"] == str(model)
-    answer = run("chat", "short-lived", "hello").stdout
+    answer = run("chat", "short-lived", "hello", "--max-tokens", "9").stdout
+    assert len(answer.split()) == 9
     assert set(answer.split()) <= set(tiny_gguf.WORDS)
     run("models", "delete", "short-lived")
     assert "no model is called short-lived" in run("models", "delete", "short-lived", "x",
@@ -79,7 +80,8 @@ def _instance(node: Node) -> str:
 
 def test_a_conversation_remembers_until_it_is_told_to_forget(run: Run, deployed: Path) -> None:
     lines = [r"\h", "hello", "world", r"\c", "hello", r"\q", "never"]
-    done = run("chat", "tiny", stdin="\n".join(lines) + "\n")
+    exactly = ("--max-tokens", "20", "--temperature", "0")
+    done = run("chat", "tiny", *exactly, stdin="\n".join(lines) + "\n")
     first, second, third = (part for part in done.stdout.split(">>> ") if part)
     assert first == third  # forgotten: the same question alone
     assert second != first
