@@ -2,9 +2,8 @@
 
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import httpx
 from fastapi import APIRouter, Response
 from fastapi.responses import StreamingResponse
 from sqlmodel import col
@@ -22,9 +21,12 @@ from gpustack.server.db.database import Database, get, touch
 from gpustack.server.db.instances import remove
 from gpustack.server.views import USER, load
 
+if TYPE_CHECKING:
+    import httpx
+
 router = APIRouter(prefix="/v2/model-instances", tags=["model-instances"])
 
-LOG_TIMEOUT = httpx.Timeout(10, read=None)  # a followed log may be silent for hours
+CONNECT_TIMEOUT_S = 10.0
 
 
 @router.get("", response_model=Page[Instance])
@@ -119,16 +121,18 @@ async def logs(
 
 async def _ask(
     stack: AsyncExitStack, worker: tables.Worker, path: str, query: dict[str, str]
-) -> httpx.Response:
+) -> "httpx.Response":
     """An answer of a worker's API whose body is still to come; `stack` closes it.
 
     Raises:
         NotFound: the worker has no such thing.
         Unavailable: it cannot be reached, or does not answer as it should.
     """
-    client = await stack.enter_async_context(
-        httpx.AsyncClient(timeout=LOG_TIMEOUT, trust_env=False)
-    )
+    import httpx  # rarely needed, and it would make every start slower
+
+    # A followed log may be silent for hours.
+    timeout = httpx.Timeout(CONNECT_TIMEOUT_S, read=None)
+    client = await stack.enter_async_context(httpx.AsyncClient(timeout=timeout, trust_env=False))
     url = f"http://{url_host(worker.address)}:{worker.port}{path}"
     headers = {"Authorization": f"Bearer {worker.agent_secret}"}
     try:
@@ -145,7 +149,7 @@ async def _ask(
     raise Unavailable(f"worker {worker.name} answered {answer.status_code}: {text}")
 
 
-async def _bytes(stack: AsyncExitStack, answer: httpx.Response) -> AsyncIterator[bytes]:
+async def _bytes(stack: AsyncExitStack, answer: "httpx.Response") -> AsyncIterator[bytes]:
     async with stack:
         async for chunk in answer.aiter_raw():
             yield chunk

@@ -2,6 +2,8 @@
 
 import asyncio
 import re
+import secrets
+from functools import cache
 
 from argon2 import PasswordHasher
 from argon2.exceptions import InvalidHashError, VerificationError
@@ -9,8 +11,12 @@ from argon2.exceptions import InvalidHashError, VerificationError
 from gpustack.errors import Invalid
 
 _hasher = PasswordHasher()
-#: Verified when there is no such user, so that the time of a refusal tells nothing.
-_NOBODY = _hasher.hash("nobody has this password")
+
+
+@cache
+def _nobodys_hash() -> str:
+    """Verified when there is no such user, so that the time of a refusal tells nothing."""
+    return hash_password(secrets.token_hex(16))
 
 
 def hash_password(password: str) -> str:
@@ -19,8 +25,12 @@ def hash_password(password: str) -> str:
 
 async def matches(password: str, password_hash: str | None) -> bool:
     """Whether `password` is the one behind `password_hash`; takes as long for None (no user)."""
+
+    def verify() -> bool:
+        return _hasher.verify(password_hash or _nobodys_hash(), password)
+
     try:
-        right = await asyncio.to_thread(_hasher.verify, password_hash or _NOBODY, password)
+        right = await asyncio.to_thread(verify)
     except (VerificationError, InvalidHashError):
         return False
     return right and password_hash is not None
