@@ -21,15 +21,26 @@ from gpustack.worker.supervisor.engine_log import log_path, previous_path
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """A way in. Attributes: pattern: regular expression of the whole path."""
+    """A way in.
+
+    Attributes:
+        pattern: of the whole path; {name} stands for a number.
+        public: answered without the secret.
+    """
 
     method: str
     pattern: str
     public: bool = False
 
+    def match(self, method: str, path: str) -> dict[str, int] | None:
+        """The numbers in `path` if this is its route."""
+        expression = re.sub(r"\{(\w+)\}", r"(?P<\1>[0-9]{1,18})", self.pattern)
+        found = re.fullmatch(expression, path) if method == self.method else None
+        return {name: int(value) for name, value in found.groupdict().items()} if found else None
 
-HEALTH = Route("GET", r"/healthz", public=True)
-LOGS = Route("GET", r"/v2/logs/(?P<instance_id>[0-9]{1,18})")
+
+HEALTH = Route("GET", "/healthz", public=True)
+LOGS = Route("GET", "/v2/logs/{instance_id}")
 
 #: Every way in: a test elsewhere goes through them.
 ROUTES = (HEALTH, LOGS)
@@ -61,15 +72,15 @@ class Api:
 
     async def answer(self, exchange: Exchange) -> None:
         for route in ROUTES:
-            found = re.fullmatch(route.pattern, exchange.path)
-            if found is None or exchange.method != route.method:
+            numbers = route.match(exchange.method, exchange.path)
+            if numbers is None:
                 continue
             if not route.public:
                 self._check(exchange)
             if route is HEALTH:
                 exchange.respond(200, body=b"ok\n")
             else:
-                await self._logs(exchange, int(found["instance_id"]))
+                await self._logs(exchange, numbers["instance_id"])
             return
         self._check(exchange)
         raise NotFound(f"the worker has no {exchange.method} {exchange.path}")

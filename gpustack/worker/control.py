@@ -3,6 +3,7 @@
 import asyncio
 import logging
 from collections.abc import Callable, Coroutine
+from functools import partial
 from typing import Any
 
 from gpustack.lib.logs import log_context
@@ -85,7 +86,7 @@ class Control:
             engine = self._engine(record.instance_id)
             self._leases.hold(record.port)
             self._ports[record.instance_id] = record.port
-            self._own(record.instance_id, record.generation, engine, engine.adopt(record))
+            self._own(record.instance_id, record.generation, engine, partial(engine.adopt, record))
         for record in found.dead:
             logger.info("the engine of %s ended while no agent ran", record.instance_name)
             self._attempts.setdefault(record.instance_id, _ended_unseen(record))
@@ -161,7 +162,7 @@ class Control:
             return plan
 
         logger.info("starting %s", instance.name)
-        work = engine.start(prepare, restart_count)
+        work = partial(engine.start, prepare, restart_count)
         self._own(instance.id, instance.generation, engine, work)
         self.wake()  # its first state is news
 
@@ -174,7 +175,7 @@ class Control:
         instance_id: int,
         generation: int,
         engine: Engine,
-        work: Coroutine[Any, Any, Failure | None],
+        work: Callable[[], Coroutine[Any, Any, Failure | None]],
     ) -> None:
         owner = self._group.create_task(self._until_gone(instance_id, generation, engine, work))
         self._owners.add(owner)
@@ -185,11 +186,11 @@ class Control:
         instance_id: int,
         generation: int,
         engine: Engine,
-        work: Coroutine[Any, Any, Failure | None],
+        work: Callable[[], Coroutine[Any, Any, Failure | None]],
     ) -> None:
         with log_context(instance=instance_id):
             try:
-                failure = await work
+                failure = await work()
             except Exception as error:  # one engine's trouble must not end the others
                 logger.exception("the owner of an engine failed")
                 failure = Failure(Trouble.SPAWN, f"the agent failed: {error!r}")

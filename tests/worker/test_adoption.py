@@ -83,6 +83,22 @@ async def test_the_end_of_an_adopted_engine_is_seen_and_it_is_started_again(
         assert (again.pid != first.pid, again.restart_count) == (True, 1)
 
 
+async def test_the_port_of_an_adopted_engine_is_its_own_before_it_listens(
+    node: Node, plane: ControlPlane
+) -> None:
+    async with node.agent(leave=Leave.ORPHANED):
+        await plane.assign(assigned(1, node.spec("delay=1")))
+        starting = await plane.until_state(1, InstanceState.STARTING)
+    assert starting.port
+    async with node.agent():
+        await plane.assign(assigned(2, node.spec()))
+        other = await plane.until_state(2, RUNNING)
+        first = await plane.until_state(1, RUNNING)
+        assert (first.port, first.pid) == (starting.port, starting.pid)
+        assert other.port != starting.port
+    assert plane.states(1)[:2] == ["starting", "running"]
+
+
 async def test_an_adopted_engine_is_stopped_whole(node: Node, plane: ControlPlane) -> None:
     async with node.agent(leave=Leave.ORPHANED):
         await plane.assign(assigned(1, node.spec("stubborn")))

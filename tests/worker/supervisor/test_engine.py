@@ -1,0 +1,184 @@
+import asyncio
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from gpustack.lib import platform
+from gpustack.lib.secrets import Secret
+from gpustack.worker.reconcile import Failure, Phase, Trouble
+from gpustack.worker.supervisor.engine import Engine, Limits, Plan, Prepare
+from gpustack.worker.supervisor.engine_log import log_path
+from gpustack.worker.supervisor.groups import groups_by_uid
+from gpustack.worker.supervisor.records import Record, Records
+from tests.support import fake_engine
+from tests.support.worker_node import eventually, free_port
+
+QUICK = Limits(start_s=5, stop_s=0.3, poll_s=0.05)
+
+
+class Bench:
+    """One engine to try things on."""
+
+    def __init__(self, folder: Path) -> None:
+        self.records = Records(folder)
+        self.folder = folder
+        self.program = str(fake_engine.install(folder / "bin"))
+        self.seen: list[Phase] = []
+        self.engine = self.another()
+
+    def another(self, limits: Limits = QUICK) -> Engine:
+        self.engine = Engine(self.records, limits, lambda: self.seen.append(self.phase()))
+        return self.engine
+
+    def phase(self) -> Phase:
+        return self.engine.observed.phase
+
+    def plan(self, *argv: str, fake: str = "") -> Prepare:
+        port = free_port()
+        key = str(self.records.secret_path("u1"))
+        command = argv or (self.program, "--port", str(port), "--api-key-file", key)
+        record = Record(
+            uid="u1",
+            instance_id=1,
+            instance_name="m-1",
+            generation=1,
+            port=port,
+            secret_file=key,
+            log_file=str(log_path(self.folder / "log", 1)),
+            argv=list(command),
+            health_path="/health",
+            boot_id=platform.boot_id(),
+        )
+
+        async def prepare(progress: Callable[[float], None]) -> Plan | Failure:
+            environment = {**os.environ, "FAKE": fake}
+            return Plan(record, environment, Secret("the secret"))
+
+        return prepare
+
+    def left(self) -> list[str]:
+        folder = self.folder / "engines"
+        return sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Iterator[Bench]:
+    made = Bench(tmp_path)
+    yield made
+    for group in groups_by_uid(tmp_path).get("u1", ()):
+        platform.kill_group(group, force=True)
+
+
+@pytest.mark.parametrize(
+    ("command", "says"),
+    [
+        (["/no/such/program"], "No such file"),
+        (["/etc/passwd"], "Permission denied"),
+        ([sys.executable, "a\0b"], "null byte"),
+    ],
+)
+async def test_a_command_that_cannot_be_run_is_a_failure_that_leaves_nothing(
+    bench: Bench, command: list[str], says: str
+) -> None:
+    failure = await bench.engine.start(bench.plan(*command), 0)
+    assert failure is not None
+    assert failure.trouble is Trouble.SPAWN
+    assert failure.sentence.startswith(f"cannot run {command[0]}")
+    assert says in failure.sentence
+    assert bench.left() == []
+
+
+async def test_an_engine_that_never_answers_is_ended_and_says_so(bench: Bench) -> None:
+    deaf = bench.folder / "deaf"
+    deaf.touch()
+    engine = bench.another(Limits(start_s=0.3, stop_s=0.3))
+    failure = await engine.start(bench.plan(fake=f"deaf-if={deaf} say=waiting"), 0)
+    assert failure is not None
+    assert failure.trouble is Trouble.NOT_READY
+    assert failure.sentence == "the engine did not answer within 0.3 s"
+    assert "waiting" in failure.last_words
+    assert groups_by_uid(bench.folder) == {}
+    assert Phase.RUNNING not in bench.seen
+
+
+async def test_an_engine_that_is_told_to_stop_while_it_starts_is_gone_at_once(
+    bench: Bench,
+) -> None:
+    async with asyncio.TaskGroup() as group:
+        owner = group.create_task(bench.engine.start(bench.plan(fake="delay=60"), 0))
+        await eventually(lambda: bench.engine.observed.pid)
+        await bench.engine.stop()
+        assert groups_by_uid(bench.folder) == {}
+        assert bench.left() == []
+    assert owner.result() is None
+
+
+async def test_an_engine_that_is_told_to_stop_while_its_files_are_fetched_is_never_spawned(
+    bench: Bench,
+) -> None:
+    async def endless(progress: Callable[[float], None]) -> Plan | Failure:
+        progress(10.0)
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    async with asyncio.TaskGroup() as group:
+        owner = group.create_task(bench.engine.start(endless, 0))
+        await eventually(lambda: bench.phase() is Phase.DOWNLOADING)
+        assert bench.engine.observed.progress == 10.0
+        await bench.engine.stop()
+    assert owner.result() is None
+    assert bench.left() == []
+
+
+async def test_cancelling_the_owner_lets_go_and_another_can_adopt(bench: Bench) -> None:
+    async with asyncio.TaskGroup() as group:
+        owner = group.create_task(bench.engine.start(bench.plan(), 3))
+        await eventually(lambda: bench.phase() is Phase.RUNNING)
+        owner.cancel()
+    pid = bench.engine.observed.pid
+    assert groups_by_uid(bench.folder) == {"u1": {pid}}
+    (record,) = bench.records.all()
+    assert (record.pid, record.ready) == (pid, True)
+    adopter = bench.another()
+    async with asyncio.TaskGroup() as group:
+        owner = group.create_task(adopter.adopt(record))
+        await eventually(lambda: bench.phase() is Phase.RUNNING)
+        assert bench.seen[-2:] == [Phase.ADOPTED, Phase.RUNNING]
+        await adopter.stop()
+    assert groups_by_uid(bench.folder) == {}
+    assert bench.left() == []
+
+
+async def test_a_record_is_on_disk_before_the_engine_is_there(bench: Bench) -> None:
+    says = (
+        "import json, os, sys; r = json.load(open(sys.argv[1]));"
+        "sys.exit(40 if r['pid'] in (None, os.getpid()) and r['uid'] == 'u1' else 41)"
+    )
+    path = bench.folder / "engines/u1.json"
+    failure = await bench.engine.start(bench.plan(sys.executable, "-c", says, str(path)), 0)
+    assert failure is not None
+    assert failure.code == 40
+
+
+async def test_children_that_left_the_group_end_with_their_engine(bench: Bench) -> None:
+    says = (
+        "import os, time\n"
+        "if os.fork() == 0:\n"
+        "    os.setsid(); print('away', flush=True); time.sleep(60)\n"
+        "time.sleep(60)"
+    )
+    async with asyncio.TaskGroup() as group:
+        group.create_task(bench.engine.start(bench.plan(sys.executable, "-c", says), 0))
+        await eventually(lambda: len(groups_by_uid(bench.folder).get("u1", ())) == 2)
+        await bench.engine.stop()
+        assert groups_by_uid(bench.folder) == {}
+
+
+async def test_the_exit_code_of_an_engine_is_known(bench: Bench) -> None:
+    failure = await bench.engine.start(bench.plan(fake="exit=7"), 0)
+    assert failure is not None
+    assert (failure.trouble, failure.code, failure.ran_s) == (Trouble.EXITED, 7, None)
+    assert failure.sentence == "the engine exited with code 7 before it answered"
