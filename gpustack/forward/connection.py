@@ -2,6 +2,8 @@
 
 import asyncio
 import math
+import socket
+import struct
 from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
@@ -379,10 +381,14 @@ class Connection(asyncio.Protocol):
                 self.deadline = self.server.now() + self.server.limits.body_s
             transport.resume_reading()
 
-    def abort(self) -> None:
+    def abort(self, *, reset: bool = False) -> None:
+        """Close at once. `reset`: so that the client gets an error instead of an end."""
         self.closing = True
-        if self._transport is not None:
-            self._transport.abort()
+        if self._transport is None:
+            return
+        if reset and (sock := self._transport.get_extra_info("socket")) is not None:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self._transport.abort()
 
     def _close(self) -> None:
         """End the connection after what has been written."""

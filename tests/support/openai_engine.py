@@ -5,6 +5,8 @@ It reads requests by itself (nothing of ours is in it) and answers with what the
 
 import asyncio
 import json
+import socket
+import struct
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -31,6 +33,8 @@ class Wire:
         self.writer = writer
 
     async def raw(self, content: bytes) -> None:
+        if self.writer.transport.is_closing():
+            raise ConnectionResetError  # uvloop would raise RuntimeError
         self.writer.write(content)
         await self.writer.drain()
 
@@ -52,6 +56,9 @@ class Wire:
         await self.raw(b"0\r\n\r\n")
 
     def die(self) -> None:
+        """Reset the connection, as the kernel does for a killed process with bytes unread."""
+        sock = self.writer.get_extra_info("socket")
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.writer.transport.abort()
 
 
