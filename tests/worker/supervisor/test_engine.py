@@ -152,15 +152,42 @@ async def test_cancelling_the_owner_lets_go_and_another_can_adopt(bench: Bench) 
     assert bench.left() == []
 
 
-async def test_a_record_is_on_disk_before_the_engine_is_there(bench: Bench) -> None:
-    says = (
-        "import json, os, sys; r = json.load(open(sys.argv[1]));"
-        "sys.exit(40 if r['pid'] in (None, os.getpid()) and r['uid'] == 'u1' else 41)"
-    )
-    path = bench.folder / "engines/u1.json"
-    failure = await bench.engine.start(bench.plan(sys.executable, "-c", says, str(path)), 0)
+async def test_a_pid_that_another_process_got_since_it_was_found_is_left_alone(
+    bench: Bench,
+) -> None:
+    plan = await bench.plan()(lambda _: None)
+    assert isinstance(plan, Plan)
+    # Our own pid: alive, and no engine.
+    seen = {"pid": os.getpid(), "start_ticks": platform.start_ticks(os.getpid())}
+    async with asyncio.timeout(2):
+        failure = await bench.engine.adopt(plan.record.model_copy(update=seen))
     assert failure is not None
-    assert failure.code == 40
+    assert failure.trouble is Trouble.EXITED
+
+
+class Watched(Records):
+    """Records that remember what they were told, and whether the engine was there by then."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.told: list[tuple[int | None, bool]] = []
+
+    def put(self, record: Record) -> None:
+        super().put(record)
+        self.told.append((record.pid, bool(groups_by_uid(self.home))))
+
+
+async def test_a_record_is_on_disk_before_the_engine_is_there(bench: Bench) -> None:
+    bench.records = records = Watched(bench.folder)
+    engine = bench.another()
+    async with asyncio.TaskGroup() as group:
+        group.create_task(engine.start(bench.plan(), 0))
+        await eventually(lambda: bench.phase() is Phase.RUNNING)
+        await eventually(lambda: len(records.told) == 3)
+        pid = engine.observed.pid
+        await engine.stop()
+    # Written before the spawn, completed after, marked when the engine answered.
+    assert records.told == [(None, False), (pid, True), (pid, True)]
 
 
 async def test_children_that_left_the_group_end_with_their_engine(bench: Bench) -> None:
