@@ -97,10 +97,10 @@ class Client:
     async def logs(
         self, id: int, *, tail: int | None = None, follow: bool = False, previous: bool = False
     ) -> AsyncGenerator[bytes, None]:
-        """The engine's log as it stands; with `follow` also what is added, without end.
+        """The end of the engine's log; with `follow` also what is added, without end.
 
         Args:
-            tail: this many lines from the end; None: all.
+            tail: this many lines from the end; None: as many as the server sends unasked.
             previous: the log of the run before this one.
         """
         asked = {"follow": str(follow).lower(), "previous": str(previous).lower()}
