@@ -57,6 +57,8 @@ build: install ## wheel and sdist into dist/
 
 migration: install ## a new database migration: make migration m='add a column'
 	@[ -n "$(m)" ] || { echo "say what changes: make migration m='add a column'" >&2; exit 1; }
+	mkdir -p build && rm -f build/migrations.db
+	$(BIN)/alembic upgrade head
 	$(BIN)/alembic revision --autogenerate -m "$(m)"
 
 clean: ## remove what the other targets made
