@@ -144,12 +144,12 @@ def test_the_local_credential_never_leaves_this_machine(tmp_path: Path) -> None:
 
 
 def test_a_reader_that_goes_away_is_no_traceback(node: Node, deployed: Path) -> None:
-    script = f"{sys.executable} -m gpustack models list --json | head -c 1"
+    # `true` has ended long before anything is written.
+    script = f"{sys.executable} -m gpustack models list --json | true"
     done = subprocess.run(
         ["/bin/sh", "-c", script], env=environment(node.data_dir), capture_output=True,
         timeout=30, check=True,
     )  # fmt: skip
-    assert done.stdout == b"["
     assert done.stderr == b""
 
 
