@@ -1,7 +1,6 @@
 """Every command, by name. A command's module is imported when it runs, and not for help."""
 
 import importlib
-import os
 import sys
 from typing import Any
 
@@ -58,10 +57,6 @@ class LazyGroup(click.Group):
             return 1
         except click.Abort:
             return INTERRUPTED
-        except BrokenPipeError:
-            # Whoever read our output has gone, as `head` does; nothing is left to say.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 1
         return result if isinstance(result, int) else 0
 
 
