@@ -34,8 +34,9 @@ class LlamaBox:
     programs: tuple[str, ...] = ("llama-box", "llama-server")
 
     def runs(self, spec: VersionSpec) -> bool:
-        file = spec.local_path or spec.huggingface_filename or ""
-        return file.lower().endswith(".gguf")
+        # Without a file: repositories of GGUF files are called so on the Hub.
+        file = spec.local_path or spec.huggingface_filename or spec.huggingface_repo_id or ""
+        return file.lower().endswith((".gguf", "-gguf"))
 
     def problem(self, spec: VersionSpec) -> str | None:
         for name in names(spec.backend_parameters):

@@ -8,7 +8,7 @@ from gpustack.backends import backend_for
 from gpustack.backends.base import Slot
 from gpustack.backends.llama_box import LlamaBox, kv_cache_bytes
 from gpustack.lib.units import GIB
-from gpustack.schemas.models import VersionSpec
+from gpustack.schemas.models import Source, VersionSpec
 from gpustack.schemas.profiles import Profile
 
 SLOT = Slot(model_path="/m.gguf", served_name="qwen", port=40001, secret_file="/run/key")
@@ -79,3 +79,16 @@ def test_a_gguf_file_is_for_llama_box_and_an_unknown_backend_for_nobody() -> Non
     assert found.name == "llama-box"
     assert backend_for(spec(local_path="/models/folder")) is None
     assert backend_for(spec(backend="nope")) is None
+
+
+@pytest.mark.parametrize(
+    ("repo", "file", "ours"),
+    [("org/m-GGUF", None, True), ("org/m", "*Q4.gguf", True), ("org/m", None, False)],
+)
+def test_a_repository_is_for_llama_box_by_its_file_or_else_its_name(
+    repo: str, file: str | None, ours: bool
+) -> None:
+    from_hub = VersionSpec(
+        source=Source.HUGGING_FACE, huggingface_repo_id=repo, huggingface_filename=file
+    )
+    assert LlamaBox().runs(from_hub) is ours
