@@ -20,7 +20,7 @@ from typing import IO, Any
 from gpustack.cli.sockets import Sockets
 from gpustack.config.load import to_json
 from gpustack.config.options import Settings
-from gpustack.errors import SettingsError
+from gpustack.errors import GPUStackError, SettingsError
 from gpustack.lib import platform
 from gpustack.lib.backoff import delay_s
 from gpustack.lib.net import url_host
@@ -56,8 +56,13 @@ class Role:
                 self.process.stdin.write(word.encode() + b"\n")
 
 
-def run(settings: Settings, arguments: list[str]) -> int:
-    """Run a node until it is told to stop. Answers the exit code."""
+def run(settings: Settings, arguments: list[str], reload: Callable[[], Settings]) -> int:
+    """Run a node until it is told to stop. Answers the exit code.
+
+    Args:
+        arguments: of the command line, for our own restart.
+        reload: reads the settings anew.
+    """
     handover: dict[str, Any] = json.loads(os.environ.pop(HANDOVER, "{}"))
     try:
         settings.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -69,7 +74,7 @@ def run(settings: Settings, arguments: list[str]) -> int:
     except OSError as error:
         logger.error("data directory %s: %s", settings.data_dir, error.strerror)  # noqa: TRY400
         return 1
-    launcher = Launcher(settings, arguments, lock_file, sockets)
+    launcher = Launcher(settings, arguments, reload, lock_file, sockets)
     return asyncio.run(launcher.run(handover.get("draining", [])))
 
 
@@ -106,10 +111,16 @@ class Launcher:
     """Keeps the roles of one node running; see the module's docstring."""
 
     def __init__(
-        self, settings: Settings, arguments: list[str], lock_file: IO[str], sockets: Sockets
+        self,
+        settings: Settings,
+        arguments: list[str],
+        reload: Callable[[], Settings],
+        lock_file: IO[str],
+        sockets: Sockets,
     ) -> None:
         self._settings = settings
         self._arguments = arguments
+        self._reload = reload
         self._lock_file = lock_file
         self._sockets = sockets
         self._life = new_secret()[:8]
@@ -257,8 +268,16 @@ class Launcher:
             self._stop.set()
 
         def reload() -> None:
+            """Apply what can change while running: the log level."""
+            try:
+                level = "DEBUG" if self._reload().debug else "INFO"
+            except GPUStackError as error:
+                logger.error("not reloaded: %s", error)  # noqa: TRY400
+                return
+            logging.getLogger().setLevel(level)
             for role in self._roles:
-                role.order("reload")
+                role.order(f"level {level}")
+            logger.info("log level is now %s", level)
 
         handlers = {
             signal.SIGTERM: stop,

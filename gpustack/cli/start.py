@@ -57,10 +57,18 @@ def _help_row(known: Option) -> tuple[str, str]:
 
 
 def settings_from(given: dict[str, Any]) -> Settings:
+    """The effective settings.
+
+    Raises:
+        SettingsError: some of them are impossible.
+    """
+    return load({key: value for key, value in given.items() if value not in (None, ())}, os.environ)
+
+
+def settings_or_exit(given: dict[str, Any]) -> Settings:
     """The effective settings, or exit 1 with one sentence."""
-    flags = {key: value for key, value in given.items() if value not in (None, ())}
     try:
-        return load(flags, os.environ)
+        return settings_from(given)
     except SettingsError as error:
         raise click.ClickException(str(error)) from None
 
@@ -69,11 +77,11 @@ def settings_from(given: dict[str, Any]) -> Settings:
 @start_options
 def start(**given: Any) -> None:
     """Start a node: a server with its worker, or with --server-url a worker alone."""
-    settings = settings_from(given)
+    settings = settings_or_exit(given)
     logs.setup("launcher", debug=settings.debug)
     from gpustack.cli.launcher import run  # help needs none of it
 
-    sys.exit(run(settings, sys.argv[2:]))
+    sys.exit(run(settings, sys.argv[2:], lambda: settings_from(given)))
 
 
 @click.group()
@@ -85,7 +93,7 @@ def config() -> None:
 @start_options
 def check(**given: Any) -> None:
     """Check start options, the environment and the config file; start nothing."""
-    settings_from(given)
+    settings_or_exit(given)
 
 
 @click.command()

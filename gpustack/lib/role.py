@@ -1,21 +1,24 @@
 """The thread between a role and its launcher: how it is told to start, to reload and to leave.
 
 The launcher writes JSON lines to the role's standard input and keeps that pipe open. The first
-line says how to start (`Boot`); later ones are orders. The pipe's end means that the launcher is
-gone or has been replaced, however it died: the kernel tells us, no heartbeat is needed.
+line says how to start (`Boot`); later ones are orders: `stop`, or `level` and a log level. The
+pipe's end means that the launcher is gone or has been replaced, however it died: the kernel tells
+us, no heartbeat is needed.
 """
 
 import asyncio
 import json
+import logging
 import os
 import signal
 import socket
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
 from gpustack.lib import platform
+
+logger = logging.getLogger(__name__)
 
 STDIN = 0
 
@@ -52,8 +55,8 @@ class Boot:
         return socket.socket(fileno=self.sockets[name])
 
 
-async def leave(reload: Callable[[], None] | None = None) -> Leave:
-    """Wait until this role should end, and say why; call `reload` at each such order."""
+async def leave() -> Leave:
+    """Wait until this role should end, and say why. Carries out other orders meanwhile."""
     loop = asyncio.get_running_loop()
     told: asyncio.Future[Leave] = loop.create_future()
 
@@ -63,17 +66,21 @@ async def leave(reload: Callable[[], None] | None = None) -> Leave:
 
     def readable() -> None:
         data = os.read(STDIN, 4096)
-        for order in data.split():
-            if order == b"stop":
-                tell(Leave.STOP)
-            elif order == b"reload" and reload:
-                reload()
+        for order in data.decode().splitlines():
+            match order.split():
+                case ["stop"]:
+                    tell(Leave.STOP)
+                case ["level", level]:
+                    logging.getLogger().setLevel(level)
+                    logger.info("log level is now %s", level)
         if not data:
             loop.remove_reader(STDIN)  # level-triggered: it would be called for ever
             tell(Leave.ORPHANED)
 
     os.set_blocking(STDIN, False)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the launcher, which tells us
+    # Ctrl-C reaches the launcher too, which tells us. A handler, since SIG_IGN would be inherited
+    # by what we start.
+    loop.add_signal_handler(signal.SIGINT, lambda: None)
     loop.add_signal_handler(signal.SIGTERM, tell, Leave.ORPHANED)
     loop.add_reader(STDIN, readable)
     try:

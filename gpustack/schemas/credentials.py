@@ -34,9 +34,12 @@ class Credential(BaseModel):
     password_change_required: bool = False
 
 
-class ApiKeyCreate(Input):
+class ApiKeyUpdate(Input):
     name: str = Field(min_length=1, max_length=128)
     description: str | None = None
+
+
+class ApiKeyCreate(ApiKeyUpdate):
     expires_in: int | None = Field(None, ge=1, description="Seconds from now; null: never.")
 
 

@@ -38,13 +38,14 @@ from gpustack.server.controllers.instances import Instances
 from gpustack.server.controllers.models import Models
 from gpustack.server.controllers.placement import Placements
 from gpustack.server.controllers.queue import WorkQueue
-from gpustack.server.controllers.workers import HEARTBEAT_WRITE_S, Heartbeats, Workers
+from gpustack.server.controllers.workers import Workers
 from gpustack.server.db import tables
 from gpustack.server.db.bootstrap import bootstrap
 from gpustack.server.db.database import Database
 from gpustack.server.db.history import prune
 from gpustack.server.db.migrate import migrate
 from gpustack.server.feed import Feed
+from gpustack.server.heartbeats import WRITE_EVERY_S, Heartbeats
 
 logger = logging.getLogger(__name__)
 
@@ -165,7 +166,7 @@ async def control_plane(settings: Settings, extra: Mapping[str, str]) -> AsyncIt
                 tasks.append(group.create_task(runner.run(name, controller, queue)))
             for name, step, every_s in (
                 ("relist", lambda: queues.relist(db), RELIST_S),
-                ("heartbeats", lambda: heartbeats.write(db), HEARTBEAT_WRITE_S),
+                ("heartbeats", lambda: heartbeats.write(db), WRITE_EVERY_S),
                 ("history", lambda: prune(db), RELIST_S),
             ):
                 tasks.append(group.create_task(forever(name, step, every_s=every_s)))

@@ -15,7 +15,7 @@ from sqlmodel import col, select
 from gpustack.schemas.watch import EventType
 from gpustack.server.db.database import Database, ReadSession, current_revision
 from gpustack.server.db.tables import Change
-from gpustack.server.views import Audience, load
+from gpustack.server.views import Audience, Found, load
 
 HEARTBEAT_S = 10.0
 #: Other servers write too, and tell nobody; look at least this often.
@@ -96,13 +96,14 @@ class Feed:
         async with self._db.read() as session:
             until = await current_revision(session)
             changed = await _changes(session, self.revision)
+            found: dict[Key, Found] = {}
             for kind in {kind for kind, _ in changed}:
                 ids = [row_id for of, row_id in changed if of == kind]
-                found = {one.id: one for one in await load(session, kind, ids)}
-                for row_id in ids:
-                    one = found.get(row_id)
-                    self._send((kind, row_id), changed[kind, row_id], one.json if one else None)
-                    self._hint(kind, row_id)
+                found |= {(kind, one.id): one for one in await load(session, kind, ids)}
+        for key, revision in changed.items():
+            one = found.get(key)
+            self._send(key, revision, one.json if one else None)
+            self._hint(*key)
         async with self._advanced:
             self.revision = until
             self._advanced.notify_all()
@@ -156,8 +157,10 @@ class Feed:
     def _drain(self, subscription: Subscription, listed: int) -> list[bytes]:
         """What is waiting. No await in between: a heartbeat's cursor covers all before it."""
         pending, subscription.pending = subscription.pending, {}
+        # In order of revision. What is changed in one transaction shares one, so a watch that is
+        # cut here has for sure all that came before it, and no more.
         lines = [
-            self._object(key, revision, body)
+            self._object(key, body, cursor=self.cursor(revision - 1))
             for key, (revision, body) in pending.items()
             if revision > listed
         ]
@@ -180,10 +183,10 @@ class Feed:
             for one in await load(session, kind, ids):
                 present.add(one.id)
                 if (body := one.json(audience)) is not None:
-                    lines.append(self._object((kind, one.id), one.revision, body))
+                    lines.append(self._object((kind, one.id), body))
             for row_id in ids or ():
                 if row_id not in present:
-                    lines.append(self._object((kind, row_id), changed[kind, row_id], None))
+                    lines.append(self._object((kind, row_id), None))
         return start, lines
 
     async def _resumable(self, session: ReadSession, since: str | None) -> int | None:
@@ -194,10 +197,10 @@ class Feed:
         reaches = int(number) >= (oldest or 1) - 1
         return int(number) if reaches and int(number) <= await current_revision(session) else None
 
-    def _object(self, key: Key, revision: int, body: bytes | None) -> bytes:
-        kind, row_id = key
+    def _object(self, key: Key, body: bytes | None, cursor: str | None = None) -> bytes:
+        """One object. It has a cursor where a watch can be resumed from: not within a list."""
         event = EventType.DELETE if body is None else EventType.PUT
-        head = {"type": event, "kind": kind, "id": row_id, "cursor": self.cursor(revision)}
+        head = {"type": event, "kind": key[0], "id": key[1], "cursor": cursor}
         return json.dumps(head).encode()[:-1] + b', "data": ' + (body or b"null") + b"}\n"
 
     def _line(self, event: EventType, *, revision: int | None = None) -> bytes:
@@ -206,8 +209,12 @@ class Feed:
 
 
 async def _changes(session: ReadSession, after: int) -> dict[Key, int]:
-    """What changed after a revision, each object once, with its last change's revision."""
+    """What changed after a revision: each object once, in the order of its last change."""
     rows = await session.exec(
         select(Change).where(Change.revision > after).order_by(col(Change.revision))
     )
-    return {(row.kind, row.object_id): row.revision for row in rows.all()}
+    changed: dict[Key, int] = {}
+    for row in rows.all():
+        changed.pop((row.kind, row.object_id), None)
+        changed[row.kind, row.object_id] = row.revision
+    return changed

@@ -128,6 +128,24 @@ def test_a_restart_with_an_impossible_option_is_refused_and_changes_nothing(
     assert node.ready()
 
 
+def test_a_hangup_reloads_the_log_level_and_stops_nothing(
+    make_node: MakeNode, tmp_path: Path
+) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text("debug: false\n")
+    node = make_node("--config-file", str(file)).start()
+    assert node.process is not None
+    pids = sorted(node.pids())
+    said = "log level is now DEBUG"
+    file.write_text("debug: true\n")
+    node.process.send_signal(signal.SIGHUP)
+    soon(lambda: node.log.read_text().count(said) == len(pids), "every process has heard it")
+    file.write_text("prot: 1\n")
+    node.process.send_signal(signal.SIGHUP)
+    soon(lambda: "not reloaded" in node.log.read_text(), "a mistake is said and costs nothing")
+    assert sorted(node.pids()) == pids
+
+
 def test_the_first_password_is_in_a_file_and_must_be_changed(make_node: MakeNode) -> None:
     node = make_node("--force-auth-localhost").start()
     path = node.data_dir / "initial_admin_password"

@@ -66,9 +66,8 @@ def test_two_instances_share_the_work_and_the_death_of_one_loses_no_request(
 
     def back() -> bool:
         found = {one["id"]: one for one in node.instances(model_id)}
-        return found[victim["id"]]["state"] == "running" and (
-            found[victim["id"]]["pid"] != victim["pid"]
-        )
+        now = found[victim["id"]]
+        return bool(now["state"] == "running" and now["pid"] != victim["pid"])
 
     soon(back, "the killed instance comes back by itself", within_s=30)
     assert Counter(one["restart_count"] for one in node.instances(model_id)) == {0: 1, 1: 1}

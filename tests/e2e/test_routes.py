@@ -9,11 +9,12 @@ import psutil
 import pytest
 from fastapi import FastAPI
 
-from gpustack.gateway import relay, routes
+from gpustack.gateway import app as gateway_app
+from gpustack.gateway import relay
 from gpustack.server.app import create_app
-from gpustack.server.controllers.workers import Heartbeats
 from gpustack.server.db.database import Database
 from gpustack.server.feed import Feed
+from gpustack.server.heartbeats import Heartbeats
 from gpustack.worker import api as agent_api
 from tests.e2e.conftest import MakeNode
 from tests.support.node import Node
@@ -68,7 +69,7 @@ def agent_port(node: Node) -> int:
 def test_no_route_of_any_application_answers_a_stranger(node: Node, tmp_path: Path) -> None:
     places = {
         f"http://127.0.0.1:{node.api_port}": server_routes(tmp_path),
-        node.url: [*server_routes(tmp_path), *_own(routes.ROUTES)],
+        node.url: [*server_routes(tmp_path), *_own(gateway_app.ROUTES)],
         f"http://127.0.0.1:{node.worker_port}": [*_own(relay.ROUTES), *_own(agent_api.ROUTES)],
         f"http://127.0.0.1:{agent_port(node)}": _own(agent_api.ROUTES),
     }

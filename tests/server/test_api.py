@@ -238,6 +238,32 @@ async def test_an_api_key_is_shown_once_and_works_in_each_carrier(plane: Plane) 
     assert (await client.get("/v2/models")).status_code == 401
 
 
+async def test_a_key_is_shown_and_renamed_by_its_owner_without_its_value(plane: Plane) -> None:
+    admin = await plane.admin()
+    key = (await admin.post("/v2/api-keys", json={"name": "ci"})).json()
+    path = f"/v2/api-keys/{key['id']}"
+    renamed = await admin.put(path, json={"name": "cd", "description": "deploys"})
+    assert renamed.status_code == 200
+    shown = (await admin.get(path)).json()
+    assert (shown["name"], shown["description"], shown["prefix"]) == (
+        "cd",
+        "deploys",
+        key["prefix"],
+    )
+    assert "value" not in shown
+    assert (await admin.put(path, json={"name": "x", "user_id": 2})).status_code == 422
+    assert (await admin.get("/v2/api-keys/999")).status_code == 404
+
+
+async def test_users_change_their_name_and_nothing_that_grants_anything(plane: Plane) -> None:
+    admin = await plane.admin()
+    answer = await admin.put("/v2/users/me", json={"full_name": "Ada"})
+    assert answer.json()["full_name"] == "Ada"
+    for field in ("is_admin", "username", "require_password_change"):
+        refused = await admin.put("/v2/users/me", json={"full_name": "Ada", field: True})
+        assert refused.status_code == 422
+
+
 async def test_an_expired_key_is_unknown(plane: Plane) -> None:
     admin = await plane.admin()
     key = (await admin.post("/v2/api-keys", json={"name": "short", "expires_in": 1})).json()

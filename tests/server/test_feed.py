@@ -85,6 +85,29 @@ async def test_a_resumed_watch_gets_what_it_missed_and_nothing_else(plane: Plane
     assert untouched not in dict(missed).values()
 
 
+async def test_a_watch_that_is_cut_anywhere_resumes_without_a_gap(plane: Plane) -> None:
+    """Also within one transaction, whose changes share a revision, and among kinds."""
+    kinds = frozenset({wire.CREDENTIALS, wire.MODELS})
+    watch = Watch(plane.feed.watch(kinds, GATEWAY))
+    await watch.until("synced")
+    start = watch.cursor
+    async with plane.db.write() as session:
+        session.add(_credential("x"))
+        session.add(_credential("y"))
+    await add(plane, "m")
+    async with plane.db.write() as session:
+        session.add(_credential("z"))
+    gateway = await plane.gateway()
+    await gateway.post("/v2/watch/flush")
+    everything = await watch.until("heartbeat")
+    assert len(everything) >= 4
+    for cut in range(len(everything)):
+        resumed = Watch(plane.feed.watch(kinds, GATEWAY, since=everything[cut]["cursor"] or start))
+        rest = {(event["kind"], event["id"]) for event in await resumed.until("synced")}
+        missed = {(event["kind"], event["id"]) for event in everything[cut + 1 :]}
+        assert missed <= rest
+
+
 @pytest.mark.parametrize("since", ["other.1", "nonsense", "other.", ""])
 async def test_a_cursor_of_another_life_leads_to_resync_and_a_full_list(
     plane: Plane, since: str

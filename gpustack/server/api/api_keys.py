@@ -14,11 +14,13 @@ from gpustack.schemas.credentials import (
     ApiKey,
     ApiKeyCreate,
     ApiKeyCreated,
+    ApiKeyUpdate,
     CredentialKind,
     Scope,
 )
 from gpustack.server.api.context import Db, PageNumber, PerPage, pagination
-from gpustack.server.auth.principals import AnyUser
+from gpustack.server.auth.principals import AnyUser, Principal
+from gpustack.server.db.database import ReadSession
 from gpustack.server.db.tables import Credential
 
 router = APIRouter(prefix="/v2/api-keys", tags=["api-keys"])
@@ -61,11 +63,32 @@ async def create_key(db: Db, user: AnyUser, wanted: ApiKeyCreate) -> ApiKeyCreat
     return ApiKeyCreated.model_validate(row.model_dump() | {"value": value})
 
 
+@router.get("/{key_id}")
+async def get_key(db: Db, user: AnyUser, key_id: int) -> ApiKey:
+    async with db.read() as session:
+        return ApiKey.model_validate(await _own(session, user, key_id), from_attributes=True)
+
+
+@router.put("/{key_id}")
+async def update_key(db: Db, user: AnyUser, key_id: int, wanted: ApiKeyUpdate) -> ApiKey:
+    """Change what a key is called. Its value and its end stay."""
+    async with db.write() as session:
+        row = await _own(session, user, key_id)
+        row.sqlmodel_update(wanted.model_dump())
+    return ApiKey.model_validate(row, from_attributes=True)
+
+
 @router.delete("/{key_id}", status_code=204)
 async def delete_key(db: Db, user: AnyUser, key_id: int) -> Response:
+    """End a key, everywhere."""
     async with db.write() as session:
-        row = await session.get(Credential, key_id)
-        if row is None or row.kind != CredentialKind.KEY or row.user_id != user.user_id:
-            raise NotFound(f"you have no API key with id {key_id}")
-        await session.delete(row)
+        await session.delete(await _own(session, user, key_id))
     return Response(status_code=204)
+
+
+async def _own(session: ReadSession, user: Principal, key_id: int) -> Credential:
+    """The key, if it is the user's; another's is as good as none."""
+    row = await session.get(Credential, key_id)
+    if row is None or row.kind != CredentialKind.KEY or row.user_id != user.user_id:
+        raise NotFound(f"you have no API key with id {key_id}")
+    return row

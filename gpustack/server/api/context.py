@@ -5,9 +5,9 @@ from typing import Annotated
 from fastapi import Depends, Query, Request
 
 from gpustack.schemas.base import Pagination
-from gpustack.server.controllers.workers import Heartbeats
 from gpustack.server.db.database import Database
 from gpustack.server.feed import Feed
+from gpustack.server.heartbeats import Heartbeats
 
 
 def _db(request: Request) -> Database:

@@ -14,9 +14,9 @@ from gpustack.schemas.models import Model, ModelCreate, ModelSpec, ModelUpdate, 
 from gpustack.server.api.context import Changes, Db, PageNumber, PerPage
 from gpustack.server.api.lists import page_of, watch_of
 from gpustack.server.auth.principals import Admin, AnyUser
-from gpustack.server.controllers.models import newest_version
 from gpustack.server.db import tables
 from gpustack.server.db.database import ReadSession, get
+from gpustack.server.db.versions import newest_version
 from gpustack.server.views import USER, load
 
 router = APIRouter(prefix="/v2/models", tags=["models"])

@@ -6,7 +6,7 @@ import string
 from collections.abc import Sequence
 from pathlib import Path
 
-from sqlmodel import col, select
+from sqlmodel import select
 
 from gpustack.errors import GPUStackError
 from gpustack.hub.profiles import profile
@@ -14,8 +14,9 @@ from gpustack.lib.secrets import Secret
 from gpustack.schemas.instances import InstanceState
 from gpustack.schemas.models import Source, VersionSpec
 from gpustack.schemas.profiles import Profile
-from gpustack.server.db.database import Database, ReadSession, WriteSession
-from gpustack.server.db.tables import Instance, Model, ModelVersion
+from gpustack.server.db.database import Database, WriteSession
+from gpustack.server.db.tables import Instance, Model
+from gpustack.server.db.versions import newest_version
 
 PROFILE_RETRY_S = 60.0
 
@@ -71,11 +72,6 @@ class Models:
             model.profile = found.model_dump(mode="json")
             model.profile_generation = version.generation
         return None
-
-
-async def newest_version(session: ReadSession, model_id: int) -> ModelVersion:
-    query = select(ModelVersion).where(ModelVersion.model_id == model_id)
-    return (await session.exec(query.order_by(col(ModelVersion.generation).desc()).limit(1))).one()
 
 
 def surplus(instances: Sequence[Instance], wanted: int) -> list[Instance]:

@@ -1,49 +1,14 @@
-"""Who is still there: heartbeats, and the silence of those that send none."""
+"""Who is still there, and who has fallen silent."""
 
 from datetime import UTC, datetime, timedelta
 
-from sqlalchemy import update
-from sqlmodel import col, select
+from sqlmodel import select
 
-from gpustack.schemas.workers import WorkerStatus
-from gpustack.server.db.database import Database, WriteSession, touch
-from gpustack.server.db.tables import Instance, Worker, now
+from gpustack.server.db.database import Database, touch
+from gpustack.server.db.tables import Instance, Worker
+from gpustack.server.heartbeats import Heartbeats
 
 SILENT_AFTER_S = 60.0
-HEARTBEAT_WRITE_S = 10.0
-
-
-class Heartbeats:
-    """When each worker was last heard of, by this server's clock; in memory, written in groups."""
-
-    def __init__(self) -> None:
-        self._heard: dict[int, datetime] = {}
-        self._unwritten: set[int] = set()
-
-    def heard(self, worker_id: int) -> None:
-        self._heard[worker_id] = datetime.now(UTC)
-        self._unwritten.add(worker_id)
-
-    def last(self, worker_id: int) -> datetime | None:
-        return self._heard.get(worker_id)
-
-    @staticmethod
-    async def measured(session: WriteSession, worker_id: int, status: WorkerStatus) -> None:
-        """Keep what a worker measured. It is no change either."""
-        await session.exec(
-            update(Worker)
-            .where(col(Worker.id) == worker_id)
-            .values(cpu_percent=status.cpu_percent, memory_used_bytes=status.memory_used_bytes)
-        )
-
-    async def write(self, db: Database) -> None:
-        """One statement for all. A heartbeat is no change: it takes no revision."""
-        ids, self._unwritten = self._unwritten, set()
-        if ids:
-            async with db.write() as session:
-                await session.exec(
-                    update(Worker).where(col(Worker.id).in_(ids)).values(heartbeat_at=now())
-                )
 
 
 class Workers:
