@@ -1,10 +1,20 @@
 """How alembic reaches the database. `make migration m="..."` writes a new version."""
 
+from typing import Literal
+
 from alembic import context
 from sqlalchemy import create_engine
-from sqlmodel import SQLModel
+from sqlmodel import AutoString, SQLModel
 
 from gpustack.server.db import tables  # noqa: F401  registers the tables
+
+
+def plain_strings(kind: str, item: object, _: object) -> str | Literal[False]:
+    """SQLModel's string type is SQLAlchemy's; migrations need not know the former."""
+    if kind == "type" and isinstance(item, AutoString):
+        return f"sa.String(length={item.length})" if item.length else "sa.String()"
+    return False
+
 
 url = context.config.get_main_option("sqlalchemy.url") or ""
 engine = create_engine(url)
@@ -14,6 +24,7 @@ with engine.connect() as connection:
         target_metadata=SQLModel.metadata,
         render_as_batch=True,  # SQLite cannot alter most things in place
         compare_type=True,
+        render_item=plain_strings,
     )
     with context.begin_transaction():
         context.run_migrations()

@@ -120,10 +120,10 @@ async def test_200_concurrent_streams_each_get_the_text_that_their_prompt_gets_a
 ) -> None:
     prompts = [f"tell me about number {number} please" for number in range(200)]
     async with client(served, key) as api:
-        alone = [await Stream().run(api, CHAT, prompt, max_tokens=12) for prompt in prompts]
+        alone = [await Stream().run(api, CHAT, prompt, max_tokens=40) for prompt in prompts]
         async with asyncio.TaskGroup() as group:
             tasks = [
-                group.create_task(Stream().run(api, CHAT, prompt, max_tokens=12))
+                group.create_task(Stream().run(api, CHAT, prompt, max_tokens=40))
                 for prompt in prompts
             ]
     together = [task.result() for task in tasks]

@@ -25,7 +25,7 @@ from tests.support import fake_engine
 from tests.support.control_plane import JOIN_TOKEN, ControlPlane
 
 QUICK_POLICY = Policy(first_s=0.2, limit_s=30.0)
-QUICK_LIMITS = Limits(start_s=10.0, stop_s=0.5, poll_s=0.1, misses=3)
+QUICK_LIMITS = Limits(start_s=10.0, stop_s=0.5, poll_s=0.1, patience_s=0.5, misses=3)
 QUICK_RHYTHM = Rhythm(heartbeat_s=0.1, look_s=0.2, status_s=0.5, again_s=0.05, refused_s=0.2)
 
 

@@ -36,12 +36,15 @@ class Limits:
         start_s: from its spawn to its first answer.
         stop_s: from SIGTERM to SIGKILL.
         poll_s: between two questions whether it still answers.
+        patience_s: for the answer to such a question. A llama.cpp under 200 streams was seen to
+            take 9 s: an engine that is busy must not be taken for one that hangs.
         misses: unanswered questions in a row that make it unhealthy.
     """
 
     start_s: float = 600.0
     stop_s: float = 10.0
     poll_s: float = 5.0
+    patience_s: float = 30.0
     misses: int = 3
 
 
@@ -253,7 +256,8 @@ class Engine:
                 self._records.put(record.model_copy(update={"ready": True}))
         misses = 0
         while misses < self._limits.misses:
-            if await answers(record.port, record.health_path, secret):
+            patience_s = self._limits.patience_s
+            if await answers(record.port, record.health_path, secret, limit_s=patience_s):
                 misses = 0
                 self._running()
             else:

@@ -16,7 +16,7 @@ from gpustack.worker.supervisor.records import Record, Records
 from tests.support import fake_engine
 from tests.support.worker_node import eventually, free_port
 
-QUICK = Limits(start_s=5, stop_s=0.3, poll_s=0.05)
+QUICK = Limits(start_s=5, stop_s=0.3, poll_s=0.05, patience_s=0.5)
 
 
 class Bench:
