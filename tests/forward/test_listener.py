@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -417,6 +418,41 @@ async def test_an_upload_that_nobody_reads_has_to_wait() -> None:
         release.set()
         assert (await client.reply()).body == b"50000000"
         await client.close()
+
+
+def _send_all_then_read(port: int) -> bytes:
+    with socket.create_connection(("127.0.0.1", port), timeout=5) as client:
+        client.sendall(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 3000000\r\n\r\n")
+        for _ in range(30):
+            client.sendall(b"x" * 100_000)
+        return client.recv(1000)
+
+
+async def test_a_client_that_reads_only_when_it_has_sent_all_gets_an_early_answer() -> None:
+    async def refuse(exchange: Exchange) -> None:
+        exchange.respond(413)
+
+    async with serving(refuse) as served:
+        answer = await asyncio.to_thread(_send_all_then_read, served.port)
+        assert answer.startswith(b"HTTP/1.1 413 ")
+
+
+async def test_a_body_paused_in_its_last_piece_does_not_stop_the_next_request() -> None:
+    class Pausing(Push):
+        def body(self, chunk: bytes) -> None:
+            super().body(chunk)
+            self.exchange.pause()
+
+    server = Server(Pausing)
+    sock = listen("127.0.0.1", 0)
+    port = sock.getsockname()[1]
+    await server.listen(sock)
+    client = await Client.to(port)
+    for _ in range(2):
+        client.ask("POST", "/", {}, b"abc")
+        assert (await client.reply()).status == 200
+    await client.close()
+    server.close()
 
 
 # --- drain ---------------------------------------------------------------------------------

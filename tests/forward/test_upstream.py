@@ -241,6 +241,27 @@ async def test_a_body_in_pieces_arrives_whole(chunked: bool) -> None:
             assert engine.seen[-1].body == b"z" * size
 
 
+async def test_a_connection_whose_request_was_not_all_sent_is_not_used_again() -> None:
+    seen = bytearray()
+
+    async def early(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        seen.extend(await reader.readuntil(b"\r\n\r\n"))
+        writer.write(b"HTTP/1.1 413 X\r\nContent-Length: 0\r\n\r\n")
+        seen.extend(await reader.read())
+        writer.close()
+
+    async with await asyncio.start_server(early, "127.0.0.1", 0) as server, pooled() as pool:
+        address = ("127.0.0.1", server.sockets[0].getsockname()[1])
+        for _ in range(2):
+            sink = Recorder()
+            headers = [*HOST, (b"content-length", b"10")]
+            pool.send(address, "POST", b"/", headers, sink, body=None)
+            async with asyncio.timeout(5):
+                await sink.over.wait()
+            assert sink.heads[0][0] == 413
+            assert sink.failure is None
+
+
 async def test_an_aborted_call_hears_nothing_more_and_its_server_sees_it_close() -> None:
     async def slowly(seen: Seen, wire: Wire) -> None:
         await wire.stream_head()

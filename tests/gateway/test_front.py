@@ -133,6 +133,25 @@ async def test_a_key_is_usable_right_after_its_creation(tmp_path: Path) -> None:
             assert reply.status == 200
 
 
+async def test_a_strangers_body_is_not_taken_in_before_he_is_known(tmp_path: Path) -> None:
+    async with watch_server() as server, running() as engine:
+        fill(server, engine)
+        async with gateway(tmp_path, server.port) as gate:
+            server.flushing.clear()
+            client = await Client.to(gate.port)
+            wrong = {"Authorization": "Bearer wrong"}
+            client.ask("POST", CHAT, wrong, b"x" * 50_000_000)
+
+            async def asked() -> bool:
+                return server.flushes > 0
+
+            await eventually(asked, "a flush")
+            await asyncio.sleep(0.1)
+            assert client.writer.transport.get_write_buffer_size() > 30_000_000
+            server.flushing.set()
+            assert (await client.reply()).status == 401
+
+
 async def test_a_deleted_key_is_refused_at_once(tmp_path: Path) -> None:
     async with watch_server() as server, running() as engine:
         fill(server, engine)

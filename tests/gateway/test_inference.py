@@ -112,6 +112,23 @@ async def test_the_usage_event_is_removed_however_the_engine_splits_its_writes(
                 assert reply.body == whole.replace(USAGE_EVENT, b"")
 
 
+async def test_a_stream_that_says_its_length_is_whole_without_its_usage_event(
+    tmp_path: Path,
+) -> None:
+    whole = b"".join(content_events(3)) + USAGE_EVENT + DONE
+
+    async def answer(seen: Seen, wire: Wire) -> None:
+        head = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n"
+        await wire.raw(head + b"content-length: %d\r\n\r\n" % len(whole) + whole)
+
+    async with watch_server() as server, running(answer) as engine:
+        fill(server, engine)
+        async with gateway(tmp_path, server.port) as gate:
+            reply = await gate.chat(STREAM)
+            assert reply.whole
+            assert reply.body == whole.replace(USAGE_EVENT, b"")
+
+
 async def test_the_first_event_reaches_the_client_before_the_second_is_written(
     tmp_path: Path,
 ) -> None:
@@ -145,7 +162,9 @@ async def test_the_clients_secrets_stay_and_the_engines_own_goes_with_the_reques
     async with watch_server() as server, running() as engine:
         fill(server, engine)
         async with gateway(tmp_path, server.port) as gate:
-            await gate.chat(headers={**secrets, **private, "X-Mine": "stays"})
+            await gate.chat(
+                headers={**secrets, **private, "X-Mine": "stays", "Accept-Encoding": "gzip"}
+            )
             seen = engine.seen[0].headers
             assert seen["authorization"] == "Bearer secret-1"
             assert seen["x-mine"] == "stays"
@@ -340,6 +359,25 @@ async def test_a_relay_that_has_no_such_engine_is_no_answer(tmp_path: Path) -> N
                 return (await gate.chat()).status == 503
 
             await eventually(alone, "503 from the gateway")
+
+
+async def test_an_instance_that_just_failed_is_left_alone_for_a_while(tmp_path: Path) -> None:
+    async def die(seen: Seen, wire: Wire) -> None:
+        wire.die()
+
+    async with watch_server() as server, running(die) as one, running() as two:
+        fill(server, one, two)
+        async with gateway(tmp_path, server.port) as gate:
+
+            async def failed_once() -> bool:
+                await gate.chat()
+                return bool(one.seen)
+
+            await eventually(failed_once, "the first failure")
+            for id in range(10, 14):
+                server.put("models", model(id, f"m{id}"))  # news does not make it forgotten
+                assert (await gate.chat()).status == 200
+            assert len(one.seen) == 1
 
 
 async def test_an_unreachable_instance_is_the_last_resort(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from gpustack.gateway.plane import Plane
 from gpustack.gateway.routing import Routing
 from gpustack.gateway.spool import Spool
 from gpustack.gateway.watch import Disk, Watch
-from gpustack.lib.platform import listen
+from gpustack.lib.platform import listen, write_private
 from tests.support.openai_engine import Engine
 from tests.support.raw_http import Reply, ask
 from tests.support.wait import eventually
@@ -59,8 +59,7 @@ async def gateway(
     from_disk: bool = False,
 ) -> AsyncIterator[Gateway]:
     """A gateway with local worker 1. `ready`: wait until it has the server's tables."""
-    data_dir.mkdir(parents=True, exist_ok=True)
-    (data_dir / "worker_credential").write_text('{"worker_id": 1, "credential": "x"}')
+    write_private(data_dir / "worker_credential", '{"worker_id": 1, "credential": "x"}')
     address = ("127.0.0.1", api_port)
     disk = Disk(data_dir / "gateway_snapshot.json")
     routing = Routing(Counts.private(), data_dir / "worker_credential")

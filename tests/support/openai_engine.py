@@ -11,6 +11,8 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
+from tests.support.wait import eventually
+
 
 @dataclass
 class Seen:
@@ -188,6 +190,8 @@ async def running(answer: Behaviour = answer_json) -> AsyncIterator[Engine]:
         yield engine
     finally:
         engine.stop()
-        async with asyncio.timeout(5):
-            while engine.writers:
-                await asyncio.sleep(0.005)
+
+        async def quiet() -> bool:
+            return not engine.writers
+
+        await eventually(quiet, "the engine's connections end")

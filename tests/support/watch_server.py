@@ -52,12 +52,14 @@ class WatchServer:
     waiting: list[bytes] = field(default_factory=list)
     watches: set[Wire] = field(default_factory=set)
     flushes: int = 0
+    flushing: asyncio.Event = field(default_factory=asyncio.Event)
     usage: list[Object] = field(default_factory=list)
     usage_status: int = 204
     passed: list[Seen] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.synced.set()
+        self.flushing.set()
 
     @property
     def port(self) -> int:
@@ -96,6 +98,7 @@ class WatchServer:
             await self._watch(wire)
         elif path == "/v2/watch/flush":
             self.flushes += 1
+            await self.flushing.wait()
             self.send_waiting()
             self.tell(self.line("heartbeat"))
             await wire.json({"cursor": f"{self.epoch}.{self.revision}"})
