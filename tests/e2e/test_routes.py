@@ -11,6 +11,7 @@ from fastapi import FastAPI
 
 from gpustack.gateway import app as gateway_app
 from gpustack.gateway import relay
+from gpustack.schemas import wire
 from gpustack.server.app import create_app
 from gpustack.server.db.database import Database
 from gpustack.server.feed import Feed
@@ -27,6 +28,12 @@ PUBLIC = {"/healthz", "/readyz", "/version", "/auth/login"}
 @pytest.fixture(scope="module")
 def node(make_node: MakeNode) -> Node:
     return make_node("--force-auth-localhost").start()
+
+
+@pytest.fixture(scope="module")
+def local_node(make_node: MakeNode) -> Node:
+    """A node where the loopback rule holds."""
+    return make_node(name="local").start()
 
 
 def server_app(tmp_path: Path) -> FastAPI:
@@ -51,6 +58,8 @@ def concrete(pattern: str) -> str:
 
 def refused(method: str, url: str) -> int:
     headers = {"Content-Type": "application/json"}
+    if method == "*":  # any: what matters to the relay is the instance that is named
+        method, headers = "POST", headers | {wire.INSTANCE_HEADER: "1"}
     answer = httpx.request(method, url, content=b"{}", headers=headers, trust_env=False, timeout=10)
     return answer.status_code
 
@@ -108,6 +117,29 @@ def test_what_the_applications_list_is_what_they_serve(node: Node, tmp_path: Pat
 
     assert "/v2/forgotten" in {getattr(route, "path", "") for route in app.routes}
     assert asyncio.run(status()) == 200  # so the test above would see it
+
+
+@pytest.mark.parametrize("path", ["/v1/models", "/v2/models", "/v2/users/me"])
+def test_this_machine_needs_no_login_unless_something_foreign_stands_between(
+    local_node: Node, path: str
+) -> None:
+    foreign = (
+        {"Host": "gpustack.example"},
+        {"Host": f"192.0.2.1:{local_node.port}"},
+        {"X-Forwarded-For": "127.0.0.1"},
+        {"Forwarded": "for=127.0.0.1"},
+        {"X-Real-IP": "127.0.0.1"},
+        {"Via": "1.1 proxy"},
+        {"Origin": "http://evil.example"},
+        {"Origin": "null"},
+        {"X-GPUStack-Local": "1", "Origin": "http://evil.example"},
+        {"Authorization": "Bearer wrong"},
+    )
+    with local_node.http(None) as http:
+        assert http.get(path).status_code == 200
+        assert http.get(path, headers={"Origin": local_node.url}).status_code == 200
+        for headers in foreign:
+            assert http.get(path, headers=headers).status_code == 401, headers
 
 
 def _own(listed: object) -> list[tuple[str, str]]:
