@@ -66,6 +66,7 @@ class Connection(asyncio.Protocol):
         self._feeding = False
         self._advancing = False
         self._paused = False
+        self._client_is_slow = False  # it has not taken what was written
         self._refusal: HttpError | None = None
         self._target = b""
         self._headers: Headers = []
@@ -108,12 +109,15 @@ class Connection(asyncio.Protocol):
                 exchange.receiver.client_left()
 
     def pause_writing(self) -> None:
+        self._client_is_slow = True
         if self.queue and self.queue[0].receiver is not None:
             self.queue[0].receiver.pause()
 
     def resume_writing(self) -> None:
+        self._client_is_slow = False
         if self.queue and self.queue[0].receiver is not None:
             self.queue[0].receiver.resume()
+        self._advance()
 
     # --- reading -------------------------------------------------------------------------
 
@@ -201,7 +205,7 @@ class Connection(asyncio.Protocol):
         self.queue.append(exchange)
         self._unread = math.inf if chunked else length or 0
         self.deadline = self.server.now() + self.server.limits.body_s
-        if len(self.queue) == 1:
+        if len(self.queue) == 1 and not self._client_is_slow:
             self._dispatch(exchange)
 
     def _exchange(self, method: str, version: str) -> Exchange:
@@ -297,6 +301,8 @@ class Connection(asyncio.Protocol):
             if self.queue:
                 exchange = self.queue[0]
                 if exchange.receiver is None:
+                    if self._client_is_slow:
+                        return
                     self._dispatch(exchange)
                 if not exchange.finished:
                     return

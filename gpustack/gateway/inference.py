@@ -275,6 +275,12 @@ class Inference:
                 self._drop_call()
                 self._failed(target, Failure.LOST if self._streamed else Failure.UNCONNECTED)
                 return
+            if status == 401:
+                # The client's key never went there: it is our secret that is not the engine's,
+                # whose instance has just been started anew or is another's by now.
+                self._drop_call()
+                self._failed(target, Failure.LOST)
+                return
             if status in _TRY_ANOTHER and not self._streamed and self._has_another():
                 self._drop_call()
                 self._release()

@@ -13,6 +13,7 @@ from gpustack.gateway.choice import Candidate, choose
 from gpustack.gateway.counts import Counts
 from gpustack.gateway.tables import Instance, Model, Tables
 from gpustack.lib.backoff import delay_s
+from gpustack.lib.net import url_host
 from gpustack.schemas import wire
 
 logger = logging.getLogger(__name__)
@@ -137,8 +138,7 @@ def _target(tables: Tables, instance: Instance, local: int | None) -> Target | N
             return None
         address = (worker.address, worker.port)
         headers.append((wire.INSTANCE_HEADER.encode(), b"%d" % instance.id))
-    host = b"%b:%d" % (address[0].encode(), address[1])
-    headers.append((b"host", host))
+    headers.append((b"host", f"{url_host(address[0])}:{address[1]}".encode()))
     return Target(instance.id, address, headers, last_resort=instance.state == "unreachable")
 
 

@@ -164,6 +164,8 @@ class Spool:
             self.dropped += 1
 
     def _append(self, raw: bytes) -> None:
+        if self._file.closed:  # a request that is broken off after the process's last words
+            return
         try:
             os.lseek(self._file.fileno(), 0, os.SEEK_END)
             self._size += os.write(self._file.fileno(), raw)

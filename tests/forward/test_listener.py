@@ -118,6 +118,27 @@ async def test_a_client_that_sends_far_ahead_has_to_wait() -> None:
         release.set()
 
 
+async def test_a_client_that_does_not_read_gets_no_second_answer_begun() -> None:
+    begun = 0
+
+    async def large(exchange: Exchange) -> None:
+        nonlocal begun
+        begun += 1
+        exchange.respond(200, [], b"x" * 20_000_000)
+
+    async with serving(large) as served:
+        client = await Client.to(served.port)
+        client.stop_reading()
+        for _ in range(3):
+            client.ask("GET", "/")
+            await asyncio.sleep(0.05)
+        assert begun == 1
+        client.read_on()
+        for _ in range(3):
+            assert len((await client.reply()).body) == 20_000_000
+        await client.close()
+
+
 async def test_a_chunked_body_arrives_whole_and_its_trailers_do_not() -> None:
     seen: list[tuple[bytes, bytes]] = []
 
