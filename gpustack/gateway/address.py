@@ -4,6 +4,7 @@ from typing import Final
 
 from gpustack.forward.http1 import Headers
 from gpustack.lib.net import is_loopback, split_host
+from gpustack.lib.origin import authority
 
 #: Headers with which proxies and CDNs say that the socket's peer is not the client. Any of them
 #: means that somebody stands between, so a loopback peer proves nothing.
@@ -51,22 +52,4 @@ def is_local(peer: str, headers: Headers) -> bool:
             origin = value
     if host is None or not is_loopback(split_host(host.decode("latin-1"))):
         return False
-    return origin is None or authority(origin) == host.lower()
-
-
-def authority(origin: bytes) -> bytes | None:
-    """The host and port of an Origin header; None if it has none ("null")."""
-    scheme, mark, rest = origin.lower().partition(b"://")
-    if not mark or scheme not in (b"http", b"https") or not rest or b"/" in rest:
-        return None
-    return rest
-
-
-def is_same_origin(headers: Headers) -> bool:
-    """Whether the page that sent this was served by the host that it asks."""
-    found = dict(headers)
-    origin = found.get(b"origin")
-    if origin is None:
-        return found.get(b"sec-fetch-site") == b"same-origin"
-    host = found.get(b"host")
-    return host is not None and authority(origin) == host.lower()
+    return origin is None or authority(origin.decode("latin-1")) == host.decode("latin-1").lower()

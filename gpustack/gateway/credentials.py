@@ -5,9 +5,9 @@ from hashlib import sha256
 from typing import Final, NamedTuple
 
 from gpustack.errors import Forbidden, PasswordChangeRequired, Unauthorized
-from gpustack.forward.http1 import Headers
-from gpustack.gateway.address import is_same_origin
+from gpustack.forward.http1 import Headers, first
 from gpustack.gateway.tables import Credential
+from gpustack.lib.origin import is_foreign
 from gpustack.schemas.wire import SESSION_COOKIE
 
 _COOKIE: Final = SESSION_COOKIE.encode() + b"="
@@ -75,5 +75,13 @@ def check(credential: Credential, *, cookie: bool, method: str, headers: Headers
         raise Forbidden("This credential may not run models.")
     if credential.password_change_required:
         raise PasswordChangeRequired()
-    if cookie and method not in ("GET", "HEAD") and not is_same_origin(headers):
+    if cookie and method not in ("GET", "HEAD") and _is_foreign(headers):
         raise Forbidden("A page of another origin may not use this session.")
+
+
+def _is_foreign(headers: Headers) -> bool:
+    origin, host, site = (
+        None if (value := first(headers, name)) is None else value.decode("latin-1")
+        for name in (b"origin", b"host", b"sec-fetch-site")
+    )
+    return is_foreign(origin=origin, host=host, fetch_site=site)

@@ -9,16 +9,16 @@ from gpustack.forward.exchange import IGNORED, Exchange, Receiver
 from gpustack.forward.listener import respond_error
 from gpustack.forward.upstream import Failure
 from gpustack.gateway.answers import MethodNotAllowed, ModelNotFound, refuse
-from gpustack.gateway.inference import OPERATIONS, Inference
+from gpustack.gateway.inference import Inference
 from gpustack.gateway.passing import Passing, without_private
 from gpustack.gateway.plane import Plane, Stranger
+from gpustack.gateway.routes import MODELS, OPERATIONS, PREFIXES, PROBES, RERANK
 from gpustack.gateway.tables import Model
 from gpustack.schemas import wire
 
 _PRIVATE: Final = wire.PRIVATE_PREFIX.encode()
-_PREFIXES: Final = ("/v1/", "/v1-openai/")
-_MODELS: Final = "models"
-_MODEL: Final = "models/"
+_MODEL: Final = f"{MODELS}/"
+PROBE_PATHS: Final = frozenset(route.pattern for route in PROBES)
 
 
 class Front:
@@ -29,12 +29,12 @@ class Front:
 
     def __call__(self, exchange: Exchange) -> Receiver:
         path = exchange.path
-        for prefix in _PREFIXES:
+        for prefix in PREFIXES:
             if path.startswith(prefix):
                 return self._model_api(exchange, path[len(prefix) :])
-        if path == "/v2/rerank" and exchange.method == "POST":
+        if (exchange.method, path) == (RERANK.method, RERANK.pattern):
             return Inference(self._plane, exchange, "rerank").begin()
-        if path in ("/healthz", "/readyz", "/version") and exchange.method in ("GET", "HEAD"):
+        if path in PROBE_PATHS and exchange.method in ("GET", "HEAD"):
             probe(exchange, self._not_ready())
             return IGNORED
         return self._pass(exchange)
@@ -92,11 +92,11 @@ class Asking:
         operation, tables = self._operation, self._plane.tables
         if operation in OPERATIONS:
             raise MethodNotAllowed(f"Use POST for /v1/{operation}.")
-        if operation != _MODELS and not operation.startswith(_MODEL):
+        if operation != MODELS and not operation.startswith(_MODEL):
             raise NotFound(f"There is no /v1/{operation}.")
         if self._exchange.method not in ("GET", "HEAD"):
             raise MethodNotAllowed(f"Use GET for /v1/{operation}.")
-        if operation == _MODELS:
+        if operation == MODELS:
             there = [_shown(m) for m in tables.models.values() if not m.deleting]
             self._exchange.respond_json(200, {"object": "list", "data": there})
             return

@@ -13,6 +13,7 @@ from gpustack.gateway.asked import Asked, understand
 from gpustack.gateway.metering import Reader, StreamReader, UsageFilter, WholeReader
 from gpustack.gateway.partial import model_of
 from gpustack.gateway.plane import Plane, Stranger
+from gpustack.gateway.routes import OPERATIONS
 from gpustack.gateway.routing import RELAY_REFUSED, Target, not_ready
 from gpustack.gateway.spool import Record
 from gpustack.gateway.tables import Credential, Model
@@ -20,14 +21,6 @@ from gpustack.lib.secrets import new_secret
 from gpustack.schemas.wire import PRIVATE_PREFIX
 
 HELD_BYTES: Final = 8 * 1024 * 1024  # of a body; larger ones are streamed
-
-#: Path below /v1 -> whether its answers can be streams that end with their usage.
-OPERATIONS: Final = {
-    "chat/completions": True,
-    "completions": True,
-    "embeddings": False,
-    "rerank": False,
-}
 
 _TRY_ANOTHER: Final = frozenset({429, 502, 503})  # an overloaded or dying engine's answers
 _PRIVATE: Final = PRIVATE_PREFIX.encode()

@@ -13,12 +13,12 @@ from typing import Final
 import msgspec
 
 from gpustack.config.load import from_json
-from gpustack.errors import GPUStackError, NotFound, Unauthorized, Unavailable
+from gpustack.errors import GPUStackError, Unauthorized, Unavailable
 from gpustack.forward.exchange import IGNORED, Exchange, Receiver
 from gpustack.forward.listener import Server, respond_error
 from gpustack.forward.upstream import Address, Failure, Pool
 from gpustack.gateway.app import end, tune_gc
-from gpustack.gateway.front import is_endless, probe
+from gpustack.gateway.front import PROBE_PATHS, is_endless, probe
 from gpustack.gateway.passing import Passing, without_private
 from gpustack.gateway.routes import RELAY as ROUTES
 from gpustack.gateway.routing import RELAY_REFUSED
@@ -102,22 +102,21 @@ class Relay:
             except GPUStackError as error:
                 refuse(exchange, error)
                 return IGNORED
-        if exchange.path in ("/healthz", "/readyz", "/version"):
-            if exchange.method in ("GET", "HEAD"):
-                probe(exchange, None)
-                return IGNORED
+        if exchange.path in PROBE_PATHS and exchange.method in ("GET", "HEAD"):
+            probe(exchange, None)
+            return IGNORED
         exchange.endless = is_endless(exchange.query)
         headers = without_private(exchange.headers, _PRIVATE)
         return Passing(self._pool, exchange, self._agent, headers, _agent_away)
 
     def _to_engine(self, exchange: Exchange, instance: bytes) -> Receiver:
         engine = self._engines.find(int(instance)) if instance.isdigit() else None
-        if engine is None:
-            raise NotFound("No engine of this instance runs here.")
-        port, secret = engine
+        port, secret = engine or (0, "")
         scheme, _, shown = (exchange.header(b"authorization") or b"").partition(b" ")
-        if scheme.lower() != b"bearer" or not same(shown.decode("latin-1").strip(), secret):
-            raise Unauthorized("This is not the instance's secret.")
+        right = scheme.lower() == b"bearer" and same(shown.decode("latin-1").strip(), secret)
+        if engine is None or not right:
+            # One answer for both: strangers need not learn which instances run here.
+            raise Unauthorized("No engine here has this instance and secret.")
         headers = without_private(exchange.headers, _PRIVATE)
         return Passing(self._pool, exchange, ("127.0.0.1", port), headers, _engine_away)
 

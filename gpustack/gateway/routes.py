@@ -1,4 +1,7 @@
-"""The routes that gateway and relay answer themselves, as data: a test walks through them all."""
+"""The routes that gateway and relay answer themselves: what `Front` and `Relay` go by.
+
+A test walks through them all.
+"""
 
 from typing import Final, NamedTuple
 
@@ -21,23 +24,23 @@ PROBES: Final = (
     Route("GET", "/version", public=True),
 )
 
-_PREFIXES: Final = ("/v1", "/v1-openai")
+#: Where the OpenAI-compatible API is; the second is for older clients.
+PREFIXES: Final = ("/v1/", "/v1-openai/")
+#: Path below a prefix -> whether its answers can be streams that end with their usage.
+OPERATIONS: Final = {
+    "chat/completions": True,
+    "completions": True,
+    "embeddings": False,
+    "rerank": False,
+}
+MODELS: Final = "models"
+RERANK: Final = Route("POST", "/v2/rerank")
 
 GATEWAY: Final = (
     *PROBES,
-    *(
-        Route(method, prefix + path)
-        for prefix in _PREFIXES
-        for method, path in (
-            ("POST", "/chat/completions"),
-            ("POST", "/completions"),
-            ("POST", "/embeddings"),
-            ("POST", "/rerank"),
-            ("GET", "/models"),
-            ("GET", "/models/{id}"),
-        )
-    ),
-    Route("POST", "/v2/rerank"),
+    *(Route("POST", prefix + operation) for prefix in PREFIXES for operation in OPERATIONS),
+    *(Route("GET", prefix + path) for prefix in PREFIXES for path in (MODELS, f"{MODELS}/{{id}}")),
+    RERANK,
 )
 
 #: All else goes to the agent, which checks credentials itself.

@@ -18,8 +18,7 @@ from gpustack.schemas import wire
 
 logger = logging.getLogger(__name__)
 
-#: On answers that a relay gives itself, where the instance's engine was to answer.
-RELAY_REFUSED: Final = b"x-gpustack-relay-refused"
+RELAY_REFUSED: Final = wire.RELAY_REFUSED_HEADER.encode()
 
 _REST_FIRST_S: Final = 0.5
 _REST_LIMIT_S: Final = 10.0

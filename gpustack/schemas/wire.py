@@ -12,6 +12,9 @@ LOCAL_HEADER = "x-gpustack-local"  # "1": the loopback rule holds, no login is n
 # Gateway to relay: which instance. The secret travels as `Authorization: Bearer`.
 INSTANCE_HEADER = "x-gpustack-instance"
 
+# Relay to gateway: it was the relay that refused, not the engine; another instance may be tried.
+RELAY_REFUSED_HEADER = "x-gpustack-relay-refused"
+
 # Every header that a client must not be able to set: the gateway removes them.
 PRIVATE_PREFIX = "x-gpustack-"
 

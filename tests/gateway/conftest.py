@@ -5,11 +5,6 @@ from collections.abc import Callable
 
 import pytest
 import uvloop
-from hypothesis import HealthCheck, settings
-
-# A busy machine is no counterexample.
-settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
-settings.load_profile("patient")
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from gpustack.gateway.address import FORWARDING, is_local, is_same_origin
+from gpustack.gateway.address import FORWARDING, is_local
 
 HERE = [(b"host", b"127.0.0.1:8080")]
 
@@ -62,21 +62,3 @@ def test_a_page_of_another_origin_needs_a_login(origin: bytes, local: bool) -> N
 def test_two_origins_are_none() -> None:
     mine = (b"origin", b"http://127.0.0.1:8080")
     assert not is_local("127.0.0.1", [*HERE, mine, mine])
-
-
-@pytest.mark.parametrize(
-    ("headers", "same"),
-    [
-        ([(b"host", b"a.example"), (b"origin", b"https://a.example")], True),
-        ([(b"host", b"a.example"), (b"origin", b"https://b.example")], False),
-        ([(b"host", b"a.example"), (b"origin", b"null")], False),
-        ([(b"host", b"a.example"), (b"sec-fetch-site", b"same-origin")], True),
-        ([(b"host", b"a.example"), (b"sec-fetch-site", b"cross-site")], False),
-        ([(b"host", b"a.example"), (b"sec-fetch-site", b"same-site")], False),
-        ([(b"host", b"a.example")], False),
-    ],
-)
-def test_a_cookie_counts_only_for_a_page_of_the_same_host(
-    headers: list[tuple[bytes, bytes]], same: bool
-) -> None:
-    assert is_same_origin(headers) is same

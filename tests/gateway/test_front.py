@@ -100,8 +100,9 @@ async def test_a_browsers_cookie_runs_models_only_for_our_own_pages(tmp_path: Pa
         async with gateway(tmp_path, server.port) as gate:
             cookie = {"Cookie": "a=b; gpustack_session=login; c=d", "Host": "gpu.example"}
             for more, status in (
-                ({}, 403),
+                ({}, 200),  # no browser: those say where a request comes from
                 ({"Origin": "https://evil.example"}, 403),
+                ({"Sec-Fetch-Site": "cross-site"}, 403),
                 ({"Origin": "https://gpu.example"}, 200),
                 ({"Sec-Fetch-Site": "same-origin"}, 200),
             ):

@@ -81,11 +81,11 @@ async def test_a_gateway_with_the_secret_reaches_the_engine(tmp_path: Path) -> N
         (to(5, "s6"), 401),
         ({"X-GPUStack-Instance": "5"}, 401),
         ({"X-GPUStack-Instance": "5", "Authorization": "Basic s5"}, 401),
-        (to(7, "s5"), 404),
-        (to("", "s5"), 404),
-        (to("../5", "s5"), 404),
-        (to("-5", "s5"), 404),
-        (to("5.0", "s5"), 404),
+        (to(7, "s5"), 401),
+        (to("", "s5"), 401),
+        (to("../5", "s5"), 401),
+        (to("-5", "s5"), 401),
+        (to("5.0", "s5"), 401),
     ],
 )
 async def test_without_the_secret_of_that_very_instance_nothing_goes_through(
@@ -116,7 +116,7 @@ async def test_an_instance_started_again_is_found_at_its_new_port(tmp_path: Path
         (tmp_path / "first.json").unlink()
 
         async def gone() -> bool:
-            return (await ask(port, "POST", CHAT, to(5, "s5b"), b"{}")).status == 404
+            return (await ask(port, "POST", CHAT, to(5, "s5b"), b"{}")).status == 401
 
         await eventually(gone, "no engine")
 
@@ -131,7 +131,7 @@ async def test_a_record_that_is_not_readable_hides_no_other(tmp_path: Path) -> N
 async def test_an_engine_without_a_secret_is_reached_by_nobody(tmp_path: Path) -> None:
     async with running() as engine, relay(tmp_path, 1) as port:
         write_record(tmp_path, 5, engine.port, "")
-        assert (await ask(port, "POST", CHAT, to(5, ""), b"{}")).status == 404
+        assert (await ask(port, "POST", CHAT, to(5, ""), b"{}")).status == 401
 
 
 async def test_a_dead_engine_is_the_relays_own_503(tmp_path: Path) -> None:

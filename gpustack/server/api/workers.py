@@ -1,19 +1,19 @@
 """/v2/workers: the machines that run agents."""
 
-from typing import Annotated, Any
+from typing import Any
 
-from fastapi import APIRouter, Header, Request, Response
+from fastapi import APIRouter, Response
 from sqlmodel import col, select
 
-from gpustack.errors import Conflict, Forbidden, Unauthorized
-from gpustack.lib.secrets import digest, new_secret, same
+from gpustack.errors import Conflict, Forbidden
+from gpustack.lib.secrets import digest, new_secret
 from gpustack.schemas import wire
 from gpustack.schemas.base import Page
 from gpustack.schemas.credentials import CredentialKind
 from gpustack.schemas.workers import Heartbeat, Registered, Registration, Worker, WorkerStatus
 from gpustack.server.api.context import Beats, Changes, Db, PageNumber, PerPage
 from gpustack.server.api.lists import page_of, watch_of
-from gpustack.server.auth.principals import Admin, Principal, WorkerAgent
+from gpustack.server.auth.principals import Admin, Joiner, Principal, WorkerAgent
 from gpustack.server.db import tables
 from gpustack.server.db.database import WriteSession, get
 from gpustack.server.db.instances import remove
@@ -62,18 +62,11 @@ async def delete_worker(db: Db, admin: Admin, worker_id: int) -> Response:
 
 
 @router.post("/register")
-async def register(
-    request: Request,
-    db: Db,
-    heartbeats: Beats,
-    body: Registration,
-    authorization: Annotated[str, Header()] = "",
-) -> Registered:
+async def register(db: Db, heartbeats: Beats, joiner: Joiner, body: Registration) -> Registered:
     """Join the cluster, with its token; answers the worker's own credential."""
-    embedded = await _check_token(request, authorization.removeprefix("Bearer ").strip())
     secret = new_secret() + new_secret()
     async with db.write() as session:
-        row = await _enrol(session, body, embedded=embedded)
+        row = await _enrol(session, body, embedded=joiner.is_embedded)
         old = select(tables.Credential).where(tables.Credential.worker_id == row.id)
         for credential in (await session.exec(old)).all():
             await session.delete(credential)
@@ -91,25 +84,6 @@ async def register(
         credential=secret,
         agent_secret=row.agent_secret,
     )
-
-
-async def _check_token(request: Request, token: str) -> bool:
-    """Whether it is the one-time token of this node's own agent (True) or the cluster's (False).
-
-    Raises:
-        Unauthorized: it is neither.
-    """
-    own: str | None = request.app.state.join_token
-    if own and same(token, own):
-        return True
-    db = request.app.state.db
-    async with db.read() as session:
-        cluster = await session.get_one(tables.Cluster, 1)
-    if not same(digest(token), cluster.token_digest):
-        raise Unauthorized(
-            "this token is not the cluster's: see <data-dir>/token on the server, and --token"
-        )
-    return False
 
 
 async def _enrol(session: WriteSession, body: Registration, *, embedded: bool) -> tables.Worker:

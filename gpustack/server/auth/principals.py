@@ -4,18 +4,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Annotated
-from urllib.parse import urlsplit
 
 from fastapi import Depends, Request
 from sqlmodel import select
 
 from gpustack.errors import Forbidden, PasswordChangeRequired, Unauthorized
-from gpustack.lib.secrets import digest
+from gpustack.lib.origin import is_foreign
+from gpustack.lib.secrets import digest, same
 from gpustack.schemas import wire
 from gpustack.schemas.credentials import CredentialKind, Scope
 from gpustack.server.db.bootstrap import ADMIN
 from gpustack.server.db.database import Database, ReadSession
-from gpustack.server.db.tables import Credential, User
+from gpustack.server.db.tables import Cluster, Credential, User
 
 SESSION_LIFE = timedelta(hours=2)  # sliding
 #: A session's end moves at most this often, so that reading pages is not writing.
@@ -57,7 +57,7 @@ async def principal(request: Request) -> Principal:
                 return await _local_admin(session)
             raise Unauthorized
         found = await resolve(session, secret)
-    if from_cookie and request.method not in SAFE_METHODS and is_foreign(headers):
+    if from_cookie and request.method not in SAFE_METHODS and _is_foreign(headers):
         raise Forbidden("this request comes from another site: log in here and try again")
     if found.kind is CredentialKind.SESSION:
         await _slide(db, found)
@@ -76,14 +76,12 @@ def presented(headers: Mapping[str, str], cookies: Mapping[str, str]) -> tuple[s
     return (cookie, True) if cookie else (None, False)
 
 
-def is_foreign(headers: Mapping[str, str]) -> bool:
-    """Whether a browser says that another site made this request."""
-    if headers.get("sec-fetch-site") in {"same-origin", "none"}:
-        return False
-    origin = headers.get("origin")
-    if origin is None:
-        return headers.get("sec-fetch-site") is not None
-    return urlsplit(origin).netloc.lower() != headers.get("host", "").lower()
+def _is_foreign(headers: Mapping[str, str]) -> bool:
+    return is_foreign(
+        origin=headers.get("origin"),
+        host=headers.get("host"),
+        fetch_site=headers.get("sec-fetch-site"),
+    )
 
 
 async def resolve(session: ReadSession, secret: str) -> Principal:
@@ -181,6 +179,34 @@ def _watcher(found: Anyone) -> Principal:
     return found
 
 
+@dataclass(frozen=True, slots=True)
+class Joining:
+    """A machine that shows a token to join with, and may do nothing else with it.
+
+    Attributes:
+        is_embedded: the token is the one of this node's own agent, not the cluster's.
+    """
+
+    is_embedded: bool
+
+
+async def _joiner(request: Request) -> Joining:
+    token, _ = presented(request.headers, {})
+    own: str | None = request.app.state.join_token
+    if token and own and same(token, own):
+        return Joining(is_embedded=True)
+    db: Database = request.app.state.db
+    async with db.read() as session:
+        cluster = await session.get_one(Cluster, 1)
+    if not token or not same(digest(token), cluster.token_digest):
+        raise Unauthorized(
+            "this token is not the cluster's: see <data-dir>/token on the server, and --token"
+        )
+    return Joining(is_embedded=False)
+
+
+#: A machine with the cluster's token.
+Joiner = Annotated[Joining, Depends(_joiner)]
 #: A user who may still have to change the password.
 LoggedIn = Annotated[Principal, Depends(_user)]
 AnyUser = Annotated[Principal, Depends(_settled_user)]
