@@ -23,6 +23,7 @@ from collections.abc import Awaitable, Callable
 from gpustack.errors import GPUStackError, Unavailable
 from gpustack.forward.connection import Connection, Limits
 from gpustack.forward.exchange import IGNORED, Exchange, Inbox, Receiver
+from gpustack.lib.platform import notice_dead_peer
 
 __all__ = ["IGNORED", "App", "Exchange", "Limits", "Receiver", "Server", "asynchronous"]
 
@@ -55,8 +56,7 @@ class Server:
 
     async def listen(self, sock: socket.socket) -> None:
         """Answer what comes in at `sock`, a bound socket; it belongs to the server now."""
-        # Accepted sockets inherit it: a client whose machine vanished is noticed some day.
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        notice_dead_peer(sock)  # accepted sockets inherit it
         opened = await self._loop.create_server(lambda: Connection(self), sock=sock, backlog=4096)
         self._listeners.append(opened)
         if self._timer is None:

@@ -12,13 +12,13 @@ of an answer came is replaced by a fresh one without the sink's knowledge.
 
 import asyncio
 import logging
-import socket
 from typing import Final, cast
 
 import httptools
 
 from gpustack.forward.call import ONE_WRITE_BYTES, Address, Call, Failure, Sink
 from gpustack.forward.http1 import Headers, HttpError, framing, write_head
+from gpustack.lib.platform import notice_dead_peer
 
 __all__ = ["Address", "Call", "Failure", "Pool", "Sink"]
 
@@ -96,11 +96,8 @@ class Connection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast("asyncio.Transport", transport)
         sock = transport.get_extra_info("socket")
-        if sock is not None:  # a peer whose machine vanished fails its calls after about 1 min
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            for name, value in (("TCP_KEEPIDLE", 30), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 3)):
-                if hasattr(socket, name):
-                    sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+        if sock is not None:
+            notice_dead_peer(sock)
 
     def data_received(self, data: bytes) -> None:
         if self._call is None:  # an answer that nobody asked for

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from demo import tiny_gguf
+from tests.support.hosts import Host
 from tests.support.node import Node
 
 MakeNode = Callable[..., Node]
@@ -28,8 +29,10 @@ def make_node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MakeNode]:
     """Make nodes; whatever is left of them is ended after the module."""
     nodes: list[Node] = []
 
-    def make(*options: str, name: str = "node", server: Node | None = None) -> Node:
-        node = Node(tmp_path_factory.mktemp(name), *options, server=server)
+    def make(
+        *options: str, name: str = "node", server: Node | None = None, host: Host | None = None
+    ) -> Node:
+        node = Node(tmp_path_factory.mktemp(name), *options, server=server, host=host)
         nodes.append(node)
         return node
 

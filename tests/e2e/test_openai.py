@@ -1,13 +1,17 @@
 """The official OpenAI client against a running node."""
 
 import asyncio
+import sqlite3
+from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import openai
 import pytest
 
 from tests.support.node import Node
 from tests.support.streams import Stream, client
+from tests.support.wait import soon
 
 CHAT, EMBED, RERANK = "org/tiny-chat", "tiny-embed", "tiny-rerank"
 MESSAGES = [{"role": "user", "content": "hello"}]
@@ -113,6 +117,23 @@ def test_a_key_works_right_after_its_creation_and_not_after_its_deletion(served:
             fresh = openai.OpenAI(base_url=f"{served.url}/v1", api_key=made["value"], max_retries=0)
             assert fresh.models.list().data
             admin.delete(f"/v2/api-keys/{made['id']}").raise_for_status()
+
+
+def test_what_was_used_is_in_the_database_as_the_engine_counted_it(served: Node) -> None:
+    with served.http() as admin:
+        made = admin.post("/v2/api-keys", json={"name": "counted"}).json()
+    own = openai.OpenAI(base_url=f"{served.url}/v1", api_key=made["value"], max_retries=0)
+    chat: Any = own.chat.completions.create
+    for stream in (False, True, False):
+        answer = chat(model=CHAT, messages=MESSAGES, max_tokens=7, stream=stream)
+        assert not stream or list(answer)
+    with closing(sqlite3.connect(served.data_dir / "database.db")) as database:
+        query = "SELECT completion_tokens, estimated FROM usage WHERE credential_id = ?"
+
+        def used() -> bool:
+            return database.execute(query, [made["id"]]).fetchall() == [(7, 0)] * 3
+
+        soon(used, "three requests of seven tokens are there")
 
 
 async def test_200_concurrent_streams_each_get_the_text_that_their_prompt_gets_alone(

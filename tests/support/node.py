@@ -14,6 +14,7 @@ from typing import Any
 import httpx
 
 from gpustack.lib.platform import live_pids, process_environment
+from tests.support.hosts import Host
 from tests.support.wait import soon
 
 #: Below the ephemeral range, where the kernel hands out ports to whoever connects.
@@ -46,10 +47,18 @@ class Node:
     Args:
         data_dir: kept between starts of the same node.
         server: the node to join; None makes this one a server.
+        host: where it runs; None: on this machine itself.
     """
 
-    def __init__(self, data_dir: Path, *options: str, server: "Node | None" = None) -> None:
+    def __init__(
+        self,
+        data_dir: Path,
+        *options: str,
+        server: "Node | None" = None,
+        host: Host | None = None,
+    ) -> None:
         self.data_dir = data_dir
+        self.host = host
         first = free_ports(3 + ENGINE_PORTS)
         self.port, self.api_port, self.worker_port = first, first + 1, first + 2
         self.engine_ports = (first + 3, first + 2 + ENGINE_PORTS)
@@ -75,12 +84,14 @@ class Node:
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        address = self.host.address if self.host else "127.0.0.1"
+        return f"http://{address}:{self.port}"
 
     def start(self, *, wait: bool = True) -> "Node":
         with self.log.open("ab") as log:
+            place = self.host.command if self.host else []
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "gpustack", "start", *self.arguments],
+                [*place, sys.executable, "-m", "gpustack", "start", *self.arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

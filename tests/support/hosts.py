@@ -1,0 +1,80 @@
+"""Several hosts on one machine: network namespaces on a bridge of their own.
+
+Needs root and iproute2. The machine itself is the last address of the network.
+"""
+
+import contextlib
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+NETWORK = "10.90.0"
+BRIDGE = "gpubr0"
+
+
+@dataclass(frozen=True)
+class Host:
+    """One namespace. `command` runs a program in it."""
+
+    name: str
+    address: str
+    link: str
+
+    @property
+    def command(self) -> list[str]:
+        return ["ip", "netns", "exec", self.name]
+
+    def cut(self) -> None:
+        """Take its cable out."""
+        _ip("link", "set", self.link, "down")
+
+    def heal(self) -> None:
+        _ip("link", "set", self.link, "up")
+
+
+def lacking() -> str | None:
+    """What this machine lacks for hosts, and how to get it; None: nothing."""
+    if shutil.which("ip") is None:
+        return "hosts need iproute2: apt-get install iproute2"
+    if os.geteuid() != 0:
+        return "hosts need root: run as root, or under `unshare -Urn`"
+    return None
+
+
+@contextlib.contextmanager
+def hosts(count: int) -> Iterator[list[Host]]:
+    """`count` hosts that reach each other and this machine; gone afterwards."""
+    made = [
+        Host(f"gpuhost{number}", f"{NETWORK}.{number}", f"gpuveth{number}")
+        for number in range(1, count + 1)
+    ]
+    _remove(made)
+    try:
+        _ip("link", "add", BRIDGE, "type", "bridge")
+        _ip("addr", "add", f"{NETWORK}.254/24", "dev", BRIDGE)
+        _ip("link", "set", BRIDGE, "up")
+        for host in made:
+            _ip("netns", "add", host.name)
+            _ip(
+                *("link", "add", host.link, "type", "veth"),
+                *("peer", "name", "eth0", "netns", host.name),
+            )
+            _ip("link", "set", host.link, "master", BRIDGE, "up")
+            _ip("-n", host.name, "addr", "add", f"{host.address}/24", "dev", "eth0")
+            _ip("-n", host.name, "link", "set", "eth0", "up")
+            _ip("-n", host.name, "link", "set", "lo", "up")
+        yield made
+    finally:
+        _remove(made)
+
+
+def _remove(made: list[Host]) -> None:
+    for host in made:
+        subprocess.run(["ip", "netns", "del", host.name], capture_output=True, check=False)
+    subprocess.run(["ip", "link", "del", BRIDGE], capture_output=True, check=False)
+
+
+def _ip(*words: str) -> None:
+    subprocess.run(["ip", *words], check=True, capture_output=True)
