@@ -54,27 +54,37 @@ async def fetch(
     folder = _below(cache_dir / "huggingface", repo)
     if wanted is not None and await asyncio.to_thread(_complete, folder, wanted):
         return _below(folder, parts(wanted)[0])
-
-    from gpustack.hub.huggingface import Hub, Interrupted  # httpx: only where it is needed
+    from gpustack.hub.huggingface import Hub  # httpx: only where it is needed
 
     async with Hub(token, endpoint=endpoint, pause_s=pause_s) as hub:
-        try:
-            remote = {file.path: file for file in await hub.files(repo)}
-        except Interrupted:
-            here = await asyncio.to_thread(_present, folder)
-            with contextlib.suppress(NotFound, Invalid):
-                return _below(folder, choose(here, wanted, repo)[0])
-            raise
-        files = [remote[name] for name in choose(list(remote), wanted, repo)]
-        total, done = sum(file.size for file in files) or 1, 0
-        for file in files:
+        return await _download(hub, repo, wanted, folder, progress)
 
-            def report(have: int, before: int = done) -> None:
-                progress(min(100.0, 100 * (before + have) / total))
 
-            await _place(hub, repo, file, _below(folder, file.path), report)
-            done += file.size
-    return _below(folder, files[0].path)
+async def _download(
+    hub: "Hub", repo: str, wanted: str | None, folder: Path, progress: Progress
+) -> Path:
+    """Fetch what of the model is not in `folder` yet."""
+    from gpustack.hub.huggingface import Interrupted
+
+    try:
+        remote = {file.path: file for file in await hub.files(repo)}
+    except Interrupted:
+        here = await asyncio.to_thread(_present, folder)
+        with contextlib.suppress(NotFound, Invalid):
+            return _below(folder, choose(here, wanted, repo)[0])
+        raise
+    files = [remote[name] for name in choose(list(remote), wanted, repo)]
+    total, done = sum(file.size for file in files) or 1, 0
+    for file in files:
+
+        def report(have: int, before: int = done) -> None:
+            progress(min(100.0, 100 * (before + have) / total))
+
+        await _place(hub, repo, file, _below(folder, file.path), report)
+        done += file.size
+
+
+return _below(folder, files[0].path)
 
 
 async def _place(

@@ -59,10 +59,6 @@ async def run(
 ) -> None:
     """The agent, once it alone acts for its data directory, until `leave` returns."""
     about = registration(settings, server_url)
-    desired = Desired(settings.data_dir / "desired.json")
-    desired.load()
-    records = Records(settings.data_dir)
-    leases = PortLeases(settings.service_port_range)
     rhythm = rhythm or Rhythm()
     enrolment = Enrolment(
         data_dir=settings.data_dir,
@@ -72,24 +68,7 @@ async def run(
         refused_s=rhythm.refused_s,
     )
     async with asyncio.TaskGroup() as group:
-        files = ModelFiles(
-            group,
-            cache_dir=settings.cache_dir,
-            token=settings.huggingface_token,
-            worker_name=about.name,
-        )
-        control = Control(
-            group,
-            desired=desired,
-            records=records,
-            launches=Launches(
-                settings, records=records, files=files, leases=leases, worker_name=about.name
-            ),
-            leases=leases,
-            policy=policy or Policy(),
-            limits=limits or Limits(),
-        )
-        control.adopt(adoption.find(records))
+        control = _control(group, settings, about.name, policy or Policy(), limits or Limits())
         session = Session(server_url, enrolment, control, rhythm)
         talking = group.create_task(session.run())
         tasks = [group.create_task(control.run()), talking]
@@ -105,3 +84,31 @@ async def run(
         for task in tasks:
             task.cancel()
         control.let_go()
+
+
+def _control(
+    group: asyncio.TaskGroup, settings: Settings, name: str, policy: Policy, limits: Limits
+) -> Control:
+    """The owner of this worker's engines, which has taken over those that an earlier agent left."""
+    desired = Desired(settings.data_dir / "desired.json")
+    desired.load()
+    records = Records(settings.data_dir)
+    leases = PortLeases(settings.service_port_range)
+    files = ModelFiles(
+        group,
+        cache_dir=settings.cache_dir,
+        token=settings.huggingface_token,
+        worker_name=name,
+    )
+    launches = Launches(settings, records=records, files=files, leases=leases, worker_name=name)
+    control = Control(
+        group,
+        desired=desired,
+        records=records,
+        launches=launches,
+        leases=leases,
+        policy=policy,
+        limits=limits,
+    )
+    control.adopt(adoption.find(records))
+    return control
