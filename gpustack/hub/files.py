@@ -83,8 +83,7 @@ async def _download(
         await _place(hub, repo, file, _below(folder, file.path), report)
         done += file.size
 
-
-return _below(folder, files[0].path)
+    return _below(folder, files[0].path)
 
 
 async def _place(
