@@ -157,7 +157,7 @@ async def test_a_process_that_got_the_pid_of_an_engine_is_neither_adopted_nor_ki
             assert again.restart_count == 1
         assert stranger.poll() is None
         # The very same number and start time, but of a process that is no engine of ours.
-        ticks = platform.start_ticks(stranger.pid)
+        ticks = (platform.start_ticks(stranger.pid) or 0) - 1  # the engine's was an earlier one
         seen = {"pid": stranger.pid, "start_ticks": ticks}
         Records(node.data_dir).put(record.model_copy(update=seen))
         so_far = len(plane.reports)
@@ -165,6 +165,26 @@ async def test_a_process_that_got_the_pid_of_an_engine_is_neither_adopted_nor_ki
             await plane.until_state(1, RUNNING, after=so_far)
         assert stranger.poll() is None
         stranger.communicate(b"\n")
+
+
+async def test_an_engine_that_overwrote_its_environment_is_adopted_not_started_twice(
+    node: Node, plane: ControlPlane
+) -> None:
+    marker = node.folder / "real"
+    (node.data_dir / "bin/llama-server").rename(marker)
+    script = node.data_dir / "bin/llama-server"
+    script.write_text(f'#!/bin/sh\nexec env -i {marker} "$@"\n')
+    script.chmod(0o755)
+    async with node.agent(leave=Leave.ORPHANED):
+        await plane.assign(assigned(1, node.spec()))
+        first = await plane.until_state(1, RUNNING)
+    assert node.engines() == []  # by its environment it is nobody's
+    so_far = len(plane.reports)
+    async with node.agent():
+        again = await plane.until_state(1, RUNNING, after=so_far)
+        assert (again.pid, again.restart_count) == (first.pid, 0)
+    assert first.pid
+    assert platform.start_ticks(first.pid) is None
 
 
 async def test_a_record_of_an_earlier_boot_is_nobodys(node: Node, plane: ControlPlane) -> None:
@@ -175,7 +195,6 @@ async def test_a_record_of_an_earlier_boot_is_nobodys(node: Node, plane: Control
     assert record.is_alive
     assert not record.model_copy(update={"boot_id": "another"}).is_alive
     assert not record.model_copy(update={"start_ticks": 1}).is_alive
-    assert not record.model_copy(update={"uid": "another"}).is_alive
 
 
 async def test_engines_of_ours_without_a_record_are_ended_and_others_are_not(

@@ -28,8 +28,8 @@ class Found:
 def find(records: Records) -> Found:
     """Look for engines by their records and by what their environment says.
 
-    A process counts as an engine only if pid, start time, boot and uid agree; a pid alone is used
-    again by others. A record without a pid is completed with the process that carries its uid.
+    A process counts as an engine only if pid, start time and boot agree; a pid alone is used again
+    by others. A record without a pid is completed with the process that carries its uid.
     """
     groups = groups_by_uid(records.home)
     alive: dict[int, Record] = {}
