@@ -5,10 +5,11 @@ repeated hint changes nothing. `worker.control` carries decisions out.
 """
 
 from collections.abc import Iterator, Mapping, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 from gpustack.lib.backoff import delay_s
+from gpustack.lib.text import plain
 from gpustack.schemas.instances import AssignedInstance, InstanceState, InstanceStatus
 
 
@@ -55,7 +56,9 @@ class Failure:
 
     @property
     def message(self) -> str:
-        return f"{self.sentence}\n{self.last_words}" if self.last_words else self.sentence
+        """For people: no control characters, whatever a path or a log had in it."""
+        text = f"{self.sentence}\n{self.last_words}" if self.last_words else self.sentence
+        return plain(text)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +81,7 @@ class Attempts:
         generation: of the instance that the failures belong to; another one starts afresh.
         failures: in a row, without `Policy.reset_after_s` of running in between.
         alike: of those, how many at the end were the same and before running.
+        ports_taken: failures in a row that found the port taken; the first ones do not count.
         retry_at: monotonic seconds.
         restart_count: of the start that failed last.
         next_count: of the next start.
@@ -91,16 +95,22 @@ class Attempts:
     retry_at: float
     restart_count: int
     next_count: int
+    ports_taken: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """How long to wait after failures, seconds."""
+    """How long to wait after failures, seconds.
+
+    Attributes:
+        free_ports: so many starts in a row may find their port taken and cost nothing.
+    """
 
     first_s: float = 10.0
     limit_s: float = 300.0
     reset_after_s: float = 600.0
     alike_limit: int = 3
+    free_ports: int = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,15 +267,18 @@ def after_failure(
     wait_s = delay_s(failures, first_s=policy.first_s, limit_s=policy.limit_s)
     message = failure.message
     next_count = restart_count + 1
+    ports_taken = 0
     if failure.trouble is Trouble.PORT_TAKEN:
+        ports_taken = (before.ports_taken if before else 0) + 1
+    if 0 < ports_taken <= policy.free_ports:
         failures, alike, wait_s, next_count = failures - 1, 0, 0.0, restart_count
     elif failure.trouble is Trouble.NO_PORT:
         # Any engine that ends frees a port: waiting longer each time would only lose time.
         wait_s, next_count = policy.first_s, restart_count
     elif alike >= policy.alike_limit:
         wait_s = policy.limit_s
-        message = f"{failure.sentence} ({alike} times alike, next try in {wait_s:g} s)"
-        message += f"\n{failure.last_words}" if failure.last_words else ""
+        said = f"{failure.sentence} ({alike} times alike, next try in {wait_s:g} s)"
+        message = replace(failure, sentence=said).message
     return Attempts(
         generation=generation,
         failures=failures,
@@ -275,6 +288,7 @@ def after_failure(
         retry_at=now + wait_s,
         restart_count=restart_count,
         next_count=next_count,
+        ports_taken=ports_taken,
     )
 
 

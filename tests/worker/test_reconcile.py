@@ -174,6 +174,24 @@ def test_a_port_taken_in_between_counts_as_nothing() -> None:
     assert failed(CRASH, taken).failures == 1
 
 
+def test_a_port_that_is_taken_again_and_again_backs_off_like_any_failure() -> None:
+    taken = Failure(Trouble.PORT_TAKEN, "another program took port 1 first")
+    ran = replace(CRASH, ran_s=1.0)
+    waits = [failed(*[taken] * count).retry_at - 1000 for count in range(1, 6)]
+    assert waits == [0, 0, 10, 20, 300]
+    assert failed(taken, taken, taken).next_count == 3
+    assert failed(taken, taken, ran, taken).retry_at == 1000
+
+
+def test_a_message_has_no_control_characters() -> None:
+    failure = Failure(
+        Trouble.FILES, "file not found: /a\x1b[31m\x00\x07b\x9b c", "last\x1b]0;t\x07"
+    )
+    assert failure.message == "file not found: /ab c\nlast"
+    assert "(3 times alike" in failed(failure, failure, failure).message
+    assert not set("\x1b\x00\x07\x9b") & set(failed(failure, failure, failure).message)
+
+
 def test_no_free_port_is_tried_again_without_waiting_longer_each_time() -> None:
     full = Failure(Trouble.NO_PORT, "no free port")
     attempts = failed(full, full, full, full)

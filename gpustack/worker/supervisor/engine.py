@@ -18,7 +18,7 @@ from gpustack.worker.reconcile import Failure, Observed, Phase, Trouble
 from gpustack.worker.supervisor.engine_log import last_words, start_log
 from gpustack.worker.supervisor.groups import end_group, groups_by_uid
 from gpustack.worker.supervisor.health import answers
-from gpustack.worker.supervisor.records import Record, Records, pid_of
+from gpustack.worker.supervisor.records import Record, Records, Unwritten, pid_of
 
 T = TypeVar("T")
 
@@ -112,6 +112,9 @@ class Engine:
             self._see(phase=Phase.STARTING, progress=None, port=plan.record.port)
             try:
                 child, record = self._spawn(plan)
+            except Unwritten as error:
+                self._records.remove(plan.record.uid)
+                return Failure(Trouble.SPAWN, str(error))
             except (OSError, ValueError) as error:  # ValueError: a zero byte in the command
                 self._records.remove(plan.record.uid)
                 return Failure(Trouble.SPAWN, f"cannot run {plan.record.argv[0]}: {error}")
@@ -158,7 +161,10 @@ class Engine:
         record = plan.record
         self._records.put_secret(record.uid, plan.secret)
         self._records.put(record)
-        log = start_log(Path(record.log_file))
+        try:
+            log = start_log(Path(record.log_file))
+        except OSError as error:
+            raise Unwritten(record.log_file, error) from error
         try:
             child = subprocess.Popen(
                 record.argv,
@@ -292,11 +298,13 @@ class Engine:
 
 
 def _port_was_taken(failure: Failure, port: int) -> bool:
-    """Whether the engine ended because something else listens on its port. It is gone by now."""
+    """Whether the engine ended while something else has its port. It is gone by now.
+
+    Its own words are not asked: they may quote a path, or a prompt.
+    """
     if not _may_be_port(failure):
         return False
-    said_so = "address already in use" in failure.last_words.lower()
-    return said_so or not can_bind(LOOPBACK, port)
+    return not can_bind(LOOPBACK, port)
 
 
 def _may_be_port(failure: Failure) -> bool:

@@ -1,15 +1,13 @@
 """An engine's log: a file that the engine itself writes, so that it outlives its agent."""
 
 import os
-import re
 from pathlib import Path
+
+from gpustack.lib.text import plain
 
 #: Enough of the end of a log to hold the last lines that matter.
 TAIL_BYTES = 8192
 LAST_WORDS_CHARS = 1024
-
-_ESCAPES = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)?")
-_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 def log_path(log_dir: Path, instance_id: int) -> Path:
@@ -40,7 +38,7 @@ def last_words(path: Path, *, secret: str = "") -> str:
             text = file.read(TAIL_BYTES).decode(errors="replace")
     except OSError:
         return ""
-    text = _CONTROLS.sub("", _ESCAPES.sub("", text.replace("\r", "\n")))
+    text = plain(text.replace("\r", "\n"))
     if secret:
         text = text.replace(secret, "********")
     lines = [line.rstrip() for line in text.split("\n") if line.strip()]

@@ -29,13 +29,16 @@ class Record(EngineRecord):
 
     @property
     def is_alive(self) -> bool:
-        """Whether the recorded process, and not another that got its pid, is alive now."""
+        """Whether the recorded process, and not another that got its pid, is alive now.
+
+        Pid, start time and boot name one process for ever. Its environment is not asked: programs
+        overwrite theirs.
+        """
         return (
             self.pid is not None
             and self.start_ticks is not None
             and self.boot_id == platform.boot_id()
             and platform.start_ticks(self.pid) == self.start_ticks
-            and platform.process_environment(self.pid).get(UID_VARIABLE) == self.uid
         )
 
     def secret(self) -> Secret:
@@ -44,6 +47,13 @@ class Record(EngineRecord):
             return Secret(Path(self.secret_file).read_text(encoding="utf-8").strip())
         except OSError:
             return Secret("")
+
+
+class Unwritten(OSError):
+    """A file that must be there before an engine is started cannot be written."""
+
+    def __init__(self, path: Path | str, error: OSError) -> None:
+        super().__init__(f"cannot write {path}: {error.strerror or error}")
 
 
 class Records:
@@ -57,15 +67,21 @@ class Records:
         return self._folder / f"{uid}.key"
 
     def put_secret(self, uid: str, secret: Secret) -> None:
-        platform.write_private(self.secret_path(uid), secret.reveal() + "\n")
+        _write(self.secret_path(uid), secret.reveal() + "\n")
 
     def put(self, record: Record) -> None:
-        platform.write_private(self._path(record.uid), record.model_dump_json())
+        _write(self._path(record.uid), record.model_dump_json())
 
     def remove(self, uid: str) -> None:
-        """Forget an engine of which no process is left."""
-        self._path(uid).unlink(missing_ok=True)
-        self.secret_path(uid).unlink(missing_ok=True)
+        """Forget an engine of which no process is left.
+
+        A record that cannot be removed does no harm: the next agent finds its engine gone.
+        """
+        for path in (self._path(uid), self.secret_path(uid)):
+            try:
+                path.unlink(missing_ok=True)
+            except OSError as error:
+                logger.warning("cannot remove %s: %s", path, error.strerror)
 
     def all(self) -> Iterator[Record]:
         """Every record that can be read; one that cannot is named in the log and left alone."""
@@ -81,6 +97,13 @@ class Records:
 
     def _path(self, uid: str) -> Path:
         return self._folder / f"{uid}.json"
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        platform.write_private(path, text)
+    except OSError as error:
+        raise Unwritten(path, error) from error
 
 
 def pid_of(record: Record) -> int:

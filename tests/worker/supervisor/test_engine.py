@@ -157,8 +157,8 @@ async def test_a_pid_that_another_process_got_since_it_was_found_is_left_alone(
 ) -> None:
     plan = await bench.plan()(lambda _: None)
     assert isinstance(plan, Plan)
-    # Our own pid: alive, and no engine.
-    seen = {"pid": os.getpid(), "start_ticks": platform.start_ticks(os.getpid())}
+    # Our own pid: alive, and of another start.
+    seen = {"pid": os.getpid(), "start_ticks": 1}
     async with asyncio.timeout(2):
         failure = await bench.engine.adopt(plan.record.model_copy(update=seen))
     assert failure is not None
@@ -209,3 +209,27 @@ async def test_the_exit_code_of_an_engine_is_known(bench: Bench) -> None:
     assert failure is not None
     assert (failure.trouble, failure.code, failure.ran_s) == (Trouble.EXITED, 7, None)
     assert failure.sentence == "the engine exited with code 7 before it answered"
+
+
+async def test_words_about_a_port_in_the_log_are_not_believed(bench: Bench) -> None:
+    failure = await bench.engine.start(
+        bench.plan(sys.executable, "-c", "exit(open('/no/Address already in use/m.gguf'))"), 0
+    )
+    assert failure is not None
+    assert "Address already in use" in failure.last_words
+    assert failure.trouble is Trouble.EXITED
+
+
+async def test_what_cannot_be_written_before_the_start_is_named(bench: Bench) -> None:
+    (bench.folder / "engines").write_text("not a folder")
+    failure = await bench.engine.start(bench.plan(), 0)
+    assert failure is not None
+    assert failure.sentence == f"cannot write {bench.folder}/engines/u1.key: File exists"
+
+
+async def test_a_log_that_cannot_be_written_is_named(bench: Bench) -> None:
+    (bench.folder / "log").write_text("not a folder")
+    failure = await bench.engine.start(bench.plan(), 0)
+    assert failure is not None
+    assert failure.sentence.startswith(f"cannot write {bench.folder}/log/serve/1.log: ")
+    assert bench.left() == []
