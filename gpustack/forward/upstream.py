@@ -18,6 +18,7 @@ import httptools
 
 from gpustack.forward.call import ONE_WRITE_BYTES, Address, Call, Failure, Sink
 from gpustack.forward.http1 import Headers, HttpError, framing, write_head
+from gpustack.lib.net import is_loopback
 from gpustack.lib.platform import notice_dead_peer
 
 __all__ = ["Address", "Call", "Failure", "Pool", "Sink"]
@@ -25,6 +26,9 @@ __all__ = ["Address", "Call", "Failure", "Pool", "Sink"]
 logger = logging.getLogger(__name__)
 
 _HEAD_BYTES: Final = 128 * 1024
+#: A request on a kept connection to a host that lost its cable is given up after this. With a
+#: fresh connection's time-out it stays below the minute that many clients wait.
+_UNACKNOWLEDGED_S: Final = 45.0
 
 
 class Connection(asyncio.Protocol):
@@ -97,7 +101,8 @@ class Connection(asyncio.Protocol):
         self._transport = cast("asyncio.Transport", transport)
         sock = transport.get_extra_info("socket")
         if sock is not None:
-            notice_dead_peer(sock)
+            here = is_loopback(self.address[0])  # its kernel cannot vanish without ours
+            notice_dead_peer(sock, unacknowledged_s=None if here else _UNACKNOWLEDGED_S)
 
     def data_received(self, data: bytes) -> None:
         if self._call is None:  # an answer that nobody asked for

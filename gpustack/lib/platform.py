@@ -230,19 +230,25 @@ def listen(host: str, port: int, *, backlog: int = 4096) -> socket.socket:
     return opened
 
 
-def notice_dead_peer(connection: socket.socket) -> None:
+def notice_dead_peer(connection: socket.socket, *, unacknowledged_s: float | None = None) -> None:
     """Have the kernel end a connection whose other side has vanished without a word.
 
     A host that lost its power or its cable sends no reset. The peer is asked after 15 s of
-    silence and given up 15 s later; data that it does not acknowledge for 30 s ends it too. An
-    engine may think for hours: its kernel answers all the same.
+    silence and given up 15 s later. An engine may think for hours: its kernel answers all the
+    same.
+
+    Args:
+        unacknowledged_s: how long what was sent may wait for its acknowledgement, which no
+            question is asked about; None: the kernel's own patience, about 15 min. Linux counts
+            a live peer that does not read as well, so never set it where clients take their
+            time.
     """
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for name, value in (
         ("TCP_KEEPIDLE", 15),
         ("TCP_KEEPINTVL", 5),
         ("TCP_KEEPCNT", 3),
-        ("TCP_USER_TIMEOUT", 30_000),
+        ("TCP_USER_TIMEOUT", int((unacknowledged_s or 0) * 1000)),  # 0: the kernel's own
     ):
         number = getattr(socket, name, None)  # each system has some of them
         if number is not None:

@@ -652,3 +652,38 @@ async def test_no_bytes_break_the_listener_or_its_applications_trust(
     await eventually(all_gone, "connections are forgotten")
     server.close()
     assert not failures
+
+
+# --- peers that are silent -------------------------------------------------------------------
+
+
+def unacknowledged_ms(sock: socket.socket) -> int:
+    return sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT)
+
+
+async def test_the_kernel_never_ends_a_client_for_not_reading() -> None:
+    async with serving() as served:
+        client = await Client.to(served.port)
+        client.send(b"GET / HTTP/1.1\r\n" + HOST + b"\r\n")
+        await client.reply()
+        (connection,) = served.server.connections
+        assert connection._transport is not None
+        accepted = connection._transport.get_extra_info("socket")
+        assert unacknowledged_ms(accepted) == 0
+        assert accepted.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+
+
+@pytest.mark.slow
+async def test_a_client_that_does_not_read_for_forty_seconds_gets_the_whole_answer() -> None:
+    async def large(exchange: Exchange) -> None:
+        exchange.respond(200, [], b"x" * 20_000_000)
+
+    async with serving(large) as served:
+        client = await Client.to(served.port)
+        client.send(b"GET / HTTP/1.1\r\n" + HOST + b"\r\n")
+        await client.head()
+        client.stop_reading()
+        await asyncio.sleep(40)  # longer than keepalive's patience
+        client.read_on()
+        async with asyncio.timeout(20):
+            assert await client.reader.readexactly(20_000_000) == b"x" * 20_000_000

@@ -1,6 +1,7 @@
 """The upstream client against servers of every kind."""
 
 import asyncio
+import socket
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -9,7 +10,7 @@ import pytest
 
 from gpustack.forward.fetch import Answer, FetchFailed, fetch, open_lines
 from gpustack.forward.http1 import Headers, end_to_end
-from gpustack.forward.upstream import Call, Failure, Pool
+from gpustack.forward.upstream import Call, Connection, Failure, Pool
 from tests.support.openai_engine import Engine, Seen, Wire, answer_json, running
 from tests.support.wait import eventually
 
@@ -362,3 +363,17 @@ def test_headers_named_by_connection_go_no_further() -> None:
         ]
     )
     assert kept == [(b"x-two", b"2"), (b"content-length", b"3")]
+
+
+@pytest.mark.parametrize(("address", "limit_ms"), [("127.0.0.1", 0), ("10.90.0.1", 45_000)])
+async def test_only_another_host_is_given_up_for_not_acknowledging(
+    address: str, limit_ms: int
+) -> None:
+    async with running() as engine, pooled() as pool:
+        _, connection = await asyncio.get_running_loop().create_connection(
+            lambda: Connection(pool, (address, 1)), "127.0.0.1", engine.port
+        )
+        assert connection._transport is not None
+        sock = connection._transport.get_extra_info("socket")
+        assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == limit_ms
+        connection.drop()
