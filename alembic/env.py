@@ -1,9 +1,9 @@
 """How alembic reaches the database. `make migration m="..."` writes a new version."""
 
-from typing import Literal
+from typing import Any, Literal
 
 from alembic import context
-from sqlalchemy import create_engine
+from sqlalchemy import Connection, create_engine, event
 from sqlmodel import AutoString, SQLModel
 
 from gpustack.server.db import tables  # noqa: F401  registers the tables
@@ -18,6 +18,19 @@ def plain_strings(kind: str, item: object, _: object) -> str | Literal[False]:
 
 url = context.config.get_main_option("sqlalchemy.url") or ""
 engine = create_engine(url)
+
+
+@event.listens_for(engine, "connect")
+def _leave_transactions_to_us(connection: Any, _: object) -> None:
+    """Else the driver commits before each CREATE TABLE, and a crash leaves half a schema."""
+    connection.isolation_level = None
+
+
+@event.listens_for(engine, "begin")
+def _begin(connection: Connection) -> None:
+    connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+
 with engine.connect() as connection:
     context.configure(
         connection=connection,
@@ -25,6 +38,7 @@ with engine.connect() as connection:
         render_as_batch=True,  # SQLite cannot alter most things in place
         compare_type=True,
         render_item=plain_strings,
+        transactional_ddl=True,
     )
     with context.begin_transaction():
         context.run_migrations()

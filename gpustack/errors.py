@@ -11,7 +11,8 @@
     ├── Invalid             422   understood, but it contradicts itself or the cluster
     ├── EngineFailed        502   an inference engine exited or never became healthy
     ├── Unavailable         503   try again later; carries retry_after_s
-    │   └── NoReadyInstance
+    │   ├── NoReadyInstance
+    │   └── TooMany         429   too many at once; the same later will do
     └── SettingsError       (start only) an option, variable or file says something impossible
 
 `code` is part of the wire contract: clients branch on it, so it never changes.
@@ -106,6 +107,12 @@ class NoReadyInstance(Unavailable):
     """No instance of this model is running."""
 
     code = "no_ready_instance"
+
+
+class TooMany(Unavailable):
+    """Too many requests of this kind at once."""
+
+    status, code = 429, "too_many_requests"
 
 
 class SettingsError(GPUStackError):

@@ -37,8 +37,8 @@ def upgrade() -> None:
     )
     op.create_table(
         "models",
-        sa.Column("revision", sa.BigInteger(), nullable=False),
         sa.Column("id", sa.Integer(), nullable=False),
+        sa.Column("revision", sa.BigInteger(), nullable=False),
         sa.Column("name", sa.String(length=128), nullable=False),
         sa.Column("description", sa.String(), nullable=True),
         sa.Column("replicas", sa.Integer(), nullable=False),
@@ -46,9 +46,6 @@ def upgrade() -> None:
         sa.Column("worker_selector", sa.JSON(), nullable=False),
         sa.Column("restart_on_error", sa.Boolean(), nullable=False),
         sa.Column("generation", sa.Integer(), nullable=False),
-        sa.Column("profile", sa.JSON(none_as_null=True), nullable=True),
-        sa.Column("profile_generation", sa.Integer(), nullable=False),
-        sa.Column("state_message", sa.String(), nullable=False),
         sa.Column("deleting", sa.Boolean(), nullable=False),
         sa.Column("created_at", sa.DateTime(timezone=True), nullable=False),
         sa.Column("updated_at", sa.DateTime(timezone=True), nullable=False),
@@ -105,8 +102,8 @@ def upgrade() -> None:
     )
     op.create_table(
         "workers",
-        sa.Column("revision", sa.BigInteger(), nullable=False),
         sa.Column("id", sa.Integer(), nullable=False),
+        sa.Column("revision", sa.BigInteger(), nullable=False),
         sa.Column("name", sa.String(length=253), nullable=False),
         sa.Column("hostname", sa.String(), nullable=False),
         sa.Column("machine_id", sa.String(), nullable=False),
@@ -135,8 +132,8 @@ def upgrade() -> None:
 
     op.create_table(
         "credentials",
-        sa.Column("revision", sa.BigInteger(), nullable=False),
         sa.Column("id", sa.Integer(), nullable=False),
+        sa.Column("revision", sa.BigInteger(), nullable=False),
         sa.Column("kind", sa.String(length=16), nullable=False),
         sa.Column("digest", sa.String(length=64), nullable=False),
         sa.Column("name", sa.String(), nullable=False),
@@ -171,6 +168,8 @@ def upgrade() -> None:
         sa.Column("generation", sa.Integer(), nullable=False),
         sa.Column("spec", sa.JSON(), nullable=False),
         sa.Column("created_at", sa.DateTime(timezone=True), nullable=False),
+        sa.Column("profile", sa.JSON(none_as_null=True), nullable=True),
+        sa.Column("problem", sa.String(), nullable=False),
         sa.ForeignKeyConstraint(["model_id"], ["models.id"], ondelete="CASCADE"),
         sa.PrimaryKeyConstraint("id"),
         sa.UniqueConstraint("model_id", "generation"),
@@ -178,8 +177,8 @@ def upgrade() -> None:
     )
     op.create_table(
         "model_instances",
-        sa.Column("revision", sa.BigInteger(), nullable=False),
         sa.Column("id", sa.Integer(), nullable=False),
+        sa.Column("revision", sa.BigInteger(), nullable=False),
         sa.Column("name", sa.String(length=140), nullable=False),
         sa.Column("model_id", sa.Integer(), nullable=False),
         sa.Column("version_id", sa.Integer(), nullable=False),

@@ -7,7 +7,7 @@ Without an installed binary the engine is the `xllamacpp` package, run by
 from collections.abc import Iterator
 
 from gpustack.backends.base import Demand, Launch, Slot
-from gpustack.backends.parameters import find, flat, names
+from gpustack.backends.parameters import find, flat, names, whole_number
 from gpustack.lib.units import MIB, gib
 from gpustack.schemas.models import Category, VersionSpec
 from gpustack.schemas.profiles import Profile
@@ -44,8 +44,9 @@ class LlamaBox:
                 return f"backend parameter {name} is set by gpustack and cannot be given"
         for option in ("--ctx-size", "-c", "--parallel", "-np"):
             value = find(spec.backend_parameters, option)
-            if value is not None and not value.isdigit():
-                return f"backend parameter {option}: want a whole number, got {value!r}"
+            if value is not None and whole_number(value) is None:
+                wanted = "want a whole number of at most nine digits"
+                return f"backend parameter {option}: {wanted}, got {value[:40]!r}"
         return None
 
     def demands(self, spec: VersionSpec, profile: Profile) -> Iterator[Demand]:
@@ -97,10 +98,10 @@ class LlamaBox:
 def context_tokens(spec: VersionSpec, profile: Profile) -> int:
     """Tokens that the engine keeps keys and values for."""
     for option in ("--ctx-size", "-c"):
-        value = find(spec.backend_parameters, option)
-        if value is not None and value.isdigit():
+        number = whole_number(find(spec.backend_parameters, option) or "")
+        if number is not None:
             # llama.cpp reads 0 as "what the model was trained for".
-            return int(value) or profile.max_context or CONTEXT_TOKENS
+            return number or profile.max_context or CONTEXT_TOKENS
     return CONTEXT_TOKENS
 
 

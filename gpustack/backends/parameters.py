@@ -16,15 +16,26 @@ def names(parameters: Sequence[str]) -> Iterator[str]:
     """The option names that stand in `parameters`."""
     for word in flat(parameters):
         if word.startswith("-") and not _is_number(word):
-            yield word.partition("=")[0]
+            yield _name(word)
+
+
+def _name(word: str) -> str:
+    """llama.cpp takes underscores for dashes in long options, so they are no way around a name."""
+    name = word.partition("=")[0]
+    return name.replace("_", "-") if name.startswith("--") else name
+
+
+def whole_number(text: str) -> int | None:
+    """The number that `text` is, at most nine digits; None if it is none."""
+    return int(text) if text.isascii() and text.isdigit() and len(text) <= 9 else None
 
 
 def find(parameters: Sequence[str], option: str) -> str | None:
     """The last value given for `option`; None if it is not there."""
     words, found = flat(parameters), None
     for position, word in enumerate(words):
-        name, equals, value = word.partition("=")
-        if name == option:
+        _, equals, value = word.partition("=")
+        if _name(word) == option:
             following = words[position + 1] if position + 1 < len(words) else ""
             found = value if equals else following
     return found

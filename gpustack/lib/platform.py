@@ -107,11 +107,11 @@ def start_ticks(pid: int) -> int | None:
     With the boot id it names one process for ever: a pid alone is used again.
     """
     try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except (FileNotFoundError, ProcessLookupError):
+        stat = Path(f"/proc/{pid}/stat").read_bytes()  # a name in it may be any bytes
+    except OSError:
         return None if Path("/proc/self").exists() else _start_centis(pid)
-    fields = stat.rpartition(")")[2].split()
-    return None if fields[0] in "ZX" else int(fields[19])  # field 22 of proc(5), after the name
+    fields = stat.rpartition(b")")[2].split()
+    return None if fields[0] in b"ZX" else int(fields[19])  # field 22 of proc(5), after the name
 
 
 def _start_centis(pid: int) -> int | None:

@@ -27,7 +27,7 @@ class Leave(StrEnum):
     """Why a role should end."""
 
     STOP = "stop"  # the node stops: engines are stopped too
-    ORPHANED = "orphaned"  # the launcher is gone or replaced, or we alone got SIGTERM
+    ORPHANED = "orphaned"  # the launcher is gone or has been replaced
 
 
 @dataclass(frozen=True)
@@ -78,10 +78,11 @@ async def leave() -> Leave:
             tell(Leave.ORPHANED)
 
     os.set_blocking(STDIN, False)
-    # Ctrl-C reaches the launcher too, which tells us. A handler, since SIG_IGN would be inherited
-    # by what we start.
-    loop.add_signal_handler(signal.SIGINT, lambda: None)
-    loop.add_signal_handler(signal.SIGTERM, tell, Leave.ORPHANED)
+    # These reach the launcher too when they go to the whole group (Ctrl-C, `timeout`), and it
+    # tells us what to do, in the right order. Handlers, since SIG_IGN would be inherited by what
+    # we start.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, lambda: None)
     loop.add_reader(STDIN, readable)
     try:
         return await told

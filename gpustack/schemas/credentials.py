@@ -40,7 +40,9 @@ class ApiKeyUpdate(Input):
 
 
 class ApiKeyCreate(ApiKeyUpdate):
-    expires_in: int | None = Field(None, ge=1, description="Seconds from now; null: never.")
+    expires_in: int | None = Field(
+        None, ge=1, le=10 * 365 * 86400, description="Seconds from now, ten years at most."
+    )
 
 
 class ApiKey(BaseModel):

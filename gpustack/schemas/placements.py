@@ -30,6 +30,7 @@ class ReasonCode(StrEnum):
     NO_WORKERS = "no_workers"
     PROFILE = "profile"
     BACKEND = "backend"
+    INTERNAL = "internal"
 
 
 class Reason(Fact):

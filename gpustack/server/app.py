@@ -31,12 +31,13 @@ from gpustack.server.api import (
     watch,
     workers,
 )
-from gpustack.server.auth.passwords import hash_password
+from gpustack.server.auth.passwords import hash_now
 from gpustack.server.auth.principals import AnyUser
 from gpustack.server.controllers import placement, runner
 from gpustack.server.controllers.instances import Instances
 from gpustack.server.controllers.models import Models
 from gpustack.server.controllers.placement import Placements
+from gpustack.server.controllers.profiles import Profiles
 from gpustack.server.controllers.queue import WorkQueue
 from gpustack.server.controllers.workers import Workers
 from gpustack.server.db import tables
@@ -58,12 +59,14 @@ class Queues:
     """Which controllers look at what when an object changes."""
 
     def __init__(self) -> None:
-        self.models, self.placement = WorkQueue[int](), WorkQueue[int]()
+        self.models, self.profiles = WorkQueue[int](), WorkQueue[int]()
+        self.placement = WorkQueue[int]()
         self.instances, self.workers = WorkQueue[int](), WorkQueue[int]()
 
     def hint(self, kind: str, row_id: int) -> None:
         if kind == wire.MODELS:
             self.models.add(row_id)
+            self.profiles.add(row_id)
         elif kind == wire.INSTANCES:
             self.instances.add(row_id)
         elif kind == wire.WORKERS:
@@ -148,14 +151,15 @@ async def control_plane(settings: Settings, extra: Mapping[str, str]) -> AsyncIt
             data_dir=Path(settings.data_dir),
             token=settings.token,
             password=settings.bootstrap_password,
-            hash_password=hash_password,
+            hash_password=hash_now,
             local_admin=extra["local_admin"],
             gateway_credential=extra["gateway_credential"],
         )
         feed = Feed(db, cluster.epoch, queues.hint)
         feeds.append(feed)
         controllers = (
-            ("models", Models(db, settings.huggingface_token), queues.models),
+            ("models", Models(db), queues.models),
+            ("profiles", Profiles(db, settings.huggingface_token), queues.profiles),
             ("placement", Placements(db), queues.placement),
             ("instances", Instances(db), queues.instances),
             ("workers", Workers(db, heartbeats), queues.workers),

@@ -6,16 +6,20 @@ it into every subscription that may see it: one entry per object, the newest win
 
 import asyncio
 import json
+import logging
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 
 from sqlalchemy import func
 from sqlmodel import col, select
 
+from gpustack.schemas import wire
 from gpustack.schemas.watch import EventType
 from gpustack.server.db.database import Database, ReadSession, current_revision
 from gpustack.server.db.tables import Change
 from gpustack.server.views import Audience, Found, load
+
+logger = logging.getLogger(__name__)
 
 HEARTBEAT_S = 10.0
 #: Other servers write too, and tell nobody; look at least this often.
@@ -26,10 +30,16 @@ Key = tuple[str, int]  # kind, id
 
 @dataclass(eq=False)
 class Subscription:
-    """One watch: what it has not been sent yet."""
+    """One watch: what it has not been sent yet.
+
+    Attributes:
+        credential_id: that opened it; it ends with that credential.
+    """
 
     kinds: frozenset[str]
     audience: Audience
+    credential_id: int | None = None
+    ended: bool = False
     pending: dict[Key, tuple[int, bytes | None]] = field(default_factory=dict)
     wake: asyncio.Event = field(default_factory=asyncio.Event)
     beat: bool = False
@@ -38,6 +48,10 @@ class Subscription:
         """`body` None: the object is gone."""
         self.pending.pop(key, None)  # to the end: order of last change
         self.pending[key] = (revision, body)
+        self.wake.set()
+
+    def end(self) -> None:
+        self.ended = True
         self.wake.set()
 
 
@@ -65,7 +79,7 @@ class Feed:
         """End every watch: this server is about to go."""
         self._closed = True
         for subscription in self._subscriptions:
-            subscription.wake.set()
+            subscription.end()
 
     def cursor(self, revision: int) -> str:
         return f"{self._epoch}.{revision}"
@@ -103,10 +117,17 @@ class Feed:
         for key, revision in changed.items():
             one = found.get(key)
             self._send(key, revision, one.json if one else None)
+            if key[0] == wire.CREDENTIALS and one is None:
+                self._end_watches_of(key[1])
             self._hint(*key)
         async with self._advanced:
             self.revision = until
             self._advanced.notify_all()
+
+    def _end_watches_of(self, credential_id: int) -> None:
+        for subscription in self._subscriptions:
+            if subscription.credential_id == credential_id:
+                subscription.end()
 
     def _send(
         self, key: Key, revision: int, render: Callable[[Audience], bytes | None] | None
@@ -118,20 +139,26 @@ class Feed:
                 continue
             audience = subscription.audience
             if audience not in made:
-                made[audience] = render(audience) if render else None
+                made[audience] = _rendered(key, render, audience) if render else None
             body = made[audience]
             if body is not None or render is None:
                 subscription.put(key, revision, body)
 
     async def watch(
-        self, kinds: frozenset[str], audience: Audience, since: str | None = None
+        self,
+        kinds: frozenset[str],
+        audience: Audience,
+        since: str | None = None,
+        credential_id: int | None = None,
     ) -> AsyncIterator[bytes]:
         """The event stream, line by line: the list (or the changes since), synced, what follows.
+
+        It ends with the credential that opened it, and with the server.
 
         Subscribes before it lists, so nothing falls between; what the list already had is
         dropped by its revision, so no object goes back in time.
         """
-        subscription = Subscription(kinds, audience)
+        subscription = Subscription(kinds, audience, credential_id, ended=self._closed)
         self._subscriptions.add(subscription)
         try:
             async with self._db.read() as session:
@@ -142,7 +169,7 @@ class Feed:
             for line in lines:
                 yield line
             yield self._line(EventType.SYNCED, revision=listed)
-            while not self._closed:
+            while not subscription.ended:
                 for line in self._drain(subscription, listed):
                     yield line
                 try:
@@ -182,7 +209,7 @@ class Feed:
             present = set()
             for one in await load(session, kind, ids):
                 present.add(one.id)
-                if (body := one.json(audience)) is not None:
+                if (body := _rendered((kind, one.id), one.json, audience)) is not None:
                     lines.append(self._object((kind, one.id), body))
             for row_id in ids or ():
                 if row_id not in present:
@@ -191,7 +218,7 @@ class Feed:
 
     async def _resumable(self, session: ReadSession, since: str | None) -> int | None:
         epoch, _, number = (since or "").partition(".")
-        if epoch != self._epoch or not number.isdigit():
+        if epoch != self._epoch or not number.isdecimal() or len(number) > 18:
             return None
         oldest = (await session.exec(select(func.min(Change.revision)))).one()
         reaches = int(number) >= (oldest or 1) - 1
@@ -206,6 +233,17 @@ class Feed:
     def _line(self, event: EventType, *, revision: int | None = None) -> bytes:
         cursor = None if revision is None else self.cursor(revision)
         return json.dumps({"type": event, "cursor": cursor}).encode() + b"\n"
+
+
+def _rendered(
+    key: Key, render: Callable[[Audience], bytes | None], audience: Audience
+) -> bytes | None:
+    """One object's bytes; None if it must not be seen, or cannot be shown."""
+    try:
+        return render(audience)
+    except ValueError:
+        logger.exception("%s %d cannot be shown; its watchers are not told of it", *key)
+        return None
 
 
 async def _changes(session: ReadSession, after: int) -> dict[Key, int]:

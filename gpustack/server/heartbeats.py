@@ -1,6 +1,6 @@
 """When each worker was last heard of. Kept in memory, since it is no change of anything."""
 
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 
 from sqlalchemy import update
 from sqlmodel import col
@@ -10,6 +10,7 @@ from gpustack.server.db.database import Database, WriteSession
 from gpustack.server.db.tables import Worker, now
 
 WRITE_EVERY_S = 10.0
+SILENT_AFTER = timedelta(seconds=60)
 
 
 class Heartbeats:
@@ -25,6 +26,11 @@ class Heartbeats:
 
     def last(self, worker_id: int) -> datetime | None:
         return self._heard.get(worker_id)
+
+    def is_live(self, worker_id: int) -> bool:
+        """Whether it was heard of lately, by this server in this life."""
+        last = self._heard.get(worker_id)
+        return last is not None and datetime.now(UTC) - last < SILENT_AFTER
 
     @staticmethod
     async def measured(session: WriteSession, worker_id: int, status: WorkerStatus) -> None:

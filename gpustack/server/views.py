@@ -156,8 +156,12 @@ def model_view(found: Found) -> Model:
     row = found.row
     return Model.model_validate(
         found.version.spec
-        | row.model_dump(exclude={"version_id", "profile_generation", "revision"})
-        | {"ready_replicas": found.ready_replicas}
+        | row.model_dump(exclude={"revision"})
+        | {
+            "ready_replicas": found.ready_replicas,
+            "profile": found.version.profile,
+            "state_message": found.version.problem,
+        }
     )
 
 

@@ -107,7 +107,7 @@ def registration(name: str = "w1", **more: Any) -> dict[str, Any]:
     } | more
 
 
-Start = Callable[[Path], Awaitable[Plane]]
+Start = Callable[..., Awaitable[Plane]]
 
 
 @pytest.fixture(scope="session")
@@ -123,8 +123,9 @@ async def start(migrated: Path) -> AsyncIterator[Start]:
     """Start a control plane on a data directory; all are ended after the test."""
     async with AsyncExitStack() as stack:
 
-        async def begin(data_dir: Path) -> Plane:
-            settings = load({"data_dir": str(data_dir), "bootstrap_password": PASSWORD}, {})
+        async def begin(data_dir: Path, **options: str) -> Plane:
+            given = {"data_dir": str(data_dir), "bootstrap_password": PASSWORD} | options
+            settings = load(given, {})
             if not (data_dir / "database.db").exists():
                 shutil.copy(migrated, data_dir / "database.db")
             extra = {

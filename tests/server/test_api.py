@@ -1,12 +1,18 @@
 """The API as its clients see it."""
 
+import asyncio
+import json
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from sqlmodel import select
 
-from tests.server.conftest import PASSWORD, Plane, Start, registration
+from gpustack.server.controllers.workers import Workers
+from gpustack.server.db import tables
+from tests.server.conftest import JOIN, PASSWORD, Plane, Start, registration
 from tests.support.wait import eventually
 
 MODEL = {"name": "tiny", "source": "local_path", "local_path": "/models/tiny.gguf"}
@@ -42,7 +48,8 @@ async def test_a_pending_instance_says_why_for_each_worker(plane: Plane) -> None
     await admin.post("/v2/models", json=MODEL)
 
     async def reasons() -> Any:
-        return [one["reasons"] for one in await instances(admin) if one["reasons"]]
+        found = [one["reasons"] for one in await instances(admin) if one["reasons"]]
+        return found if "profile" not in str(found) else []  # its file has been read
 
     ((reason,),) = await eventually(reasons, "the instance has reasons")
     assert (reason["code"], reason["worker"]) == ("ram", "small")
@@ -139,6 +146,49 @@ async def test_an_update_of_an_old_generation_is_a_conflict_that_shows_the_curre
     assert same.json()["generation"] == 2  # nothing changed, so nothing moved
 
 
+async def test_a_change_of_the_number_of_copies_is_no_new_version(plane: Plane) -> None:
+    admin = await plane.admin()
+    model = (await admin.post("/v2/models", json=MODEL | {"replicas": 0})).json()
+    for replicas in (1, 2):
+        await admin.put(f"/v2/models/{model['id']}", json=MODEL | {"replicas": replicas})
+    await admin.put(f"/v2/models/{model['id']}", json=MODEL | {"env": {"A": "1"}, "replicas": 3})
+
+    async def generations() -> bool:
+        found = [one["model_generation"] for one in await instances(admin)]
+        return sorted(found) == [1, 1, 4]
+
+    await eventually(generations, "two of the first version, one of the second")
+
+
+@pytest.mark.parametrize("text", ["/x\ud800.gguf", "/x\0.gguf"])
+async def test_text_that_cannot_be_kept_is_refused_and_breaks_nothing(
+    plane: Plane, text: str
+) -> None:
+    admin = await plane.admin()
+    body = json.dumps(MODEL | {"local_path": text}).encode()
+    kind = {"Content-Type": "application/json"}
+    answer = await admin.post("/v2/models", content=body, headers=kind)
+    assert answer.status_code == 422
+    assert "no character" in answer.json()["message"]
+    assert (await admin.get("/v2/models")).json()["items"] == []
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("GET", f"/v2/models/{10**30}"),
+        ("GET", f"/v2/model-instances/{10**30}/logs"),
+        ("DELETE", f"/v2/workers/{10**30}"),
+        ("GET", f"/v2/models?page={10**30}"),
+        ("GET", f"/v2/model-instances?model_id={10**30}"),
+        ("GET", "/v2/api-keys/0"),
+    ],
+)
+async def test_numbers_that_no_id_can_be_are_refused(plane: Plane, method: str, path: str) -> None:
+    admin = await plane.admin()
+    assert (await admin.request(method, path)).status_code == 422
+
+
 @pytest.mark.parametrize(
     ("change", "word"),
     [
@@ -151,6 +201,9 @@ async def test_an_update_of_an_old_generation_is_a_conflict_that_shows_the_curre
         ({"replicas": -1}, "replicas"),
         ({"backend": "ollama"}, "llama-box"),
         ({"backend_parameters": ["--port=1"]}, "--port"),
+        ({"backend_parameters": ["--api_key=x"]}, "--api-key"),
+        ({"backend_parameters": ["--ctx-size=\u00b2"]}, "--ctx-size"),
+        ({"backend_parameters": ["--ctx-size=" + "9" * 400]}, "--ctx-size"),
         ({"backend_parameters": ["--ctx-size", "many"]}, "--ctx-size"),
         ({"colour": "red"}, "colour"),
     ],
@@ -208,6 +261,18 @@ async def test_a_generated_password_must_be_changed_before_anything_else(
     assert (await browser.post("/auth/logout")).status_code == 204
     browser.cookies.set("gpustack_session", login.cookies["gpustack_session"])
     assert (await browser.get("/v2/models")).status_code == 401  # ended on the server too
+
+
+async def test_a_storm_of_logins_is_turned_away_and_a_right_one_gets_in(plane: Plane) -> None:
+    browser = await plane.through_gateway()
+
+    async def login(password: str) -> int:
+        form = {"username": "admin", "password": password}
+        return (await browser.post("/auth/login", data=form)).status_code
+
+    statuses = await asyncio.gather(*(login("wrong") for _ in range(40)))
+    assert {*statuses} == {401, 429}
+    assert await login(PASSWORD) == 204
 
 
 async def test_a_cookie_is_not_enough_for_a_write_that_another_site_makes(plane: Plane) -> None:
@@ -314,6 +379,88 @@ async def test_joining_needs_the_token_and_a_name_that_no_other_machine_has(plan
     assert again.json()["worker_id"] == first.json()["worker_id"]
     old = await plane.client(first.json()["credential"])
     assert (await old.get("/v2/model-instances")).status_code == 401  # replaced by the new one
+
+
+async def test_a_running_worker_keeps_its_name_also_on_its_own_machine(plane: Plane) -> None:
+    joiner = await plane.client((plane.data_dir / "token").read_text().strip())
+    first = await joiner.post("/v2/workers/register", json=registration("w", run_id="one"))
+    second = await joiner.post("/v2/workers/register", json=registration("w", run_id="two"))
+    assert (second.status_code, "--worker-name" in second.json()["message"]) == (409, True)
+    alive = await plane.client(first.json()["credential"])
+    assert (await alive.get("/v2/model-instances")).status_code == 200
+    own = await plane.client(JOIN)  # this node's agent, whose data directory lost its credential
+    again = await own.post("/v2/workers/register", json=registration("w", run_id="three"))
+    assert again.json()["worker_id"] == first.json()["worker_id"]
+
+
+async def test_a_silent_worker_is_unreachable_with_its_instances_until_it_is_heard(
+    plane: Plane,
+) -> None:
+    admin, agent = await plane.admin(), await plane.worker()
+    await admin.post("/v2/models", json=MODEL)
+    (one,) = await placed(plane, admin)
+    await agent.say(one["id"], "starting")
+    heartbeats = plane.app.state.heartbeats
+
+    async def look(limit: timedelta) -> tuple[str, str]:
+        await Workers(plane.db, heartbeats, silent_after=limit).reconcile(agent.id)
+        (worker,) = (await admin.get("/v2/workers")).json()["items"]
+        return worker["state"], (await instances(admin))[0]["state"]
+
+    assert await look(timedelta(0)) == ("unreachable", "unreachable")
+    heartbeats.heard(agent.id)
+    assert await look(timedelta(seconds=60)) == ("ready", "starting")
+
+
+async def test_two_that_wait_are_not_placed_on_the_same_memory(plane: Plane) -> None:
+    admin = await plane.admin()
+    await plane.worker("small", memory_total_bytes=80 * 1024**2)
+    await admin.post("/v2/models", json=MODEL | {"replicas": 2})
+
+    async def settled() -> list[str]:
+        found = await instances(admin)
+        done = len(found) == 2 and all(
+            one["worker_id"] or "'ram'" in str(one["reasons"]) for one in found
+        )
+        return sorted(one["state"] for one in found) if done else []
+
+    assert await eventually(settled, "both are decided") == ["pending", "scheduled"]
+
+
+async def test_a_model_that_the_scheduler_cannot_think_about_holds_up_no_other(
+    plane: Plane,
+) -> None:
+    admin = await plane.admin()
+    await plane.worker()
+    await admin.post("/v2/models", json=MODEL | {"name": "odd"})
+    async with plane.db.write() as session:  # as a defect elsewhere might leave it
+        row = (await session.exec(select(tables.ModelVersion))).one()
+        row.profile = {"weights_bytes": "many"}
+        for instance in (await session.exec(select(tables.Instance))).all():
+            instance.worker_id, instance.claim = None, None
+    await admin.post("/v2/models", json=MODEL | {"name": "sound"})
+
+    async def states() -> bool:
+        found = {one["model_name"]: one for one in await instances(admin)}
+        reasons = found.get("odd", {}).get("reasons")
+        return bool(
+            found.get("sound", {}).get("state") == "scheduled"
+            and reasons
+            and reasons[0]["code"] == "internal"
+        )
+
+    await eventually(states, "one is placed, the other says why not")
+
+
+async def test_a_token_that_is_given_replaces_the_one_before(start: Start, tmp_path: Path) -> None:
+    first = await start(tmp_path)
+    old = (tmp_path / "token").read_text().strip()
+    second = await start(tmp_path, token="given-token")
+    for plane, token, status in ((second, old, 401), (second, "given-token", 200)):
+        joiner = await plane.client(token)
+        answer = await joiner.post("/v2/workers/register", json=registration(token))
+        assert answer.status_code == status
+    assert first.db.url == second.db.url
 
 
 async def test_a_second_process_with_one_credential_is_told_so(plane: Plane) -> None:

@@ -3,18 +3,20 @@
 import asyncio
 import json
 from collections.abc import AsyncIterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlmodel import delete
+from sqlmodel import delete, select
 
 from gpustack.schemas import wire
-from gpustack.server.db import tables
+from gpustack.server.controllers.workers import Workers
+from gpustack.server.db import history, tables
 from gpustack.server.db.database import Database, current_revision
-from gpustack.server.feed import Subscription
+from gpustack.server.feed import Subscription, _changes
 from gpustack.server.views import GATEWAY, USER, Audience
-from tests.server.conftest import Plane
+from tests.server.conftest import Plane, registration
 
 KINDS = frozenset({wire.MODELS})
 MODEL = {"source": "local_path", "local_path": "/m.gguf", "replicas": 0}
@@ -26,11 +28,13 @@ class Watch:
     def __init__(self, lines: AsyncIterator[bytes]) -> None:
         self._lines = lines
         self.cursor = ""
+        self.seen: list[dict[str, Any]] = []
 
     async def next(self) -> dict[str, Any]:
         async with asyncio.timeout(5):
             event: dict[str, Any] = json.loads(await anext(self._lines))
         self.cursor = event["cursor"] or self.cursor
+        self.seen.append(event)
         return event
 
     async def until(self, kind: str) -> list[dict[str, Any]]:
@@ -182,6 +186,115 @@ async def test_one_transaction_is_one_revision_and_commit_order_is_its_order(pla
             )
         ).all()
     assert [row.revision for row in rows] == [before + 1 + i // 2 for i in range(40)]
+
+
+async def test_what_was_listed_does_not_go_back_in_time(plane: Plane) -> None:
+    """A change from before the list, that arrives after it, is dropped."""
+    (model,) = await add(plane, "a")
+    lines = plane.feed.watch(KINDS, USER)
+    watch = Watch(lines)
+    assert (await watch.next())["id"] == model
+    for subscription in plane.feed._subscriptions:
+        subscription.put((wire.MODELS, model), 0, b'"older"')
+    assert (await watch.next())["type"] == "synced"
+    (other,) = await add(plane, "b")
+    assert (await watch.of(other))["data"]["name"] == "b"
+    assert "older" not in [event.get("data") for event in watch.seen]
+
+
+async def test_the_history_gives_each_object_once_in_the_order_of_its_last_change(
+    plane: Plane,
+) -> None:
+    before = await _revision(plane.db)
+    async with plane.db.write() as session:
+        first = _credential("1")
+        session.add(first)
+    async with plane.db.write() as session:
+        second = _credential("2")
+        session.add(second)
+    async with plane.db.write() as session:
+        (await session.get_one(tables.Credential, first.id)).name = "changed"
+    async with plane.db.read() as session:
+        changed = await _changes(session, before)
+    assert [row_id for _, row_id in changed] == [second.id, first.id]
+
+
+async def test_the_history_is_bounded_and_expired_credentials_go(
+    plane: Plane, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await add(plane, "a", "b", "c")
+    async with plane.db.write() as session:
+        old = _credential("old")
+        old.expires_at = datetime(2020, 1, 1, tzinfo=UTC)
+        session.add(old)
+    monkeypatch.setattr(history, "KEPT_REVISIONS", 2)
+    newest = await _revision(plane.db)
+    await history.prune(plane.db)
+    async with plane.db.read() as session:
+        kept = {row.revision for row in (await session.exec(select(tables.Change))).all()}
+        assert await session.get(tables.Credential, old.id) is None
+    assert newest in kept
+    assert min(kept) > newest - 2
+
+
+async def test_watchers_are_told_what_the_list_shows_when_a_worker_falls_silent_and_returns(
+    plane: Plane,
+) -> None:
+    agent = await plane.worker("one")
+    admin = await plane.admin()
+    created = await admin.post("/v2/models", json=MODEL | {"name": "m", "replicas": 1})
+    model_id = created.json()["id"]
+    watch = Watch(plane.feed.watch(frozenset({wire.MODELS, wire.INSTANCES}), USER))
+    shown: dict[str, Any] = {}
+
+    async def see(*expected: object) -> None:
+        while (shown.get(wire.MODELS), shown.get(wire.INSTANCES)) != expected:
+            event = await watch.next()
+            if event["type"] == "put":
+                key = "ready_replicas" if event["kind"] == wire.MODELS else "state"
+                shown[event["kind"]] = event["data"][key]
+
+    await see(0, "scheduled")
+    (one,) = (await admin.get("/v2/model-instances")).json()["items"]
+    await agent.say(one["id"], "starting")
+    await agent.say(one["id"], "running")
+    await see(1, "running")
+    await Workers(plane.db, plane.app.state.heartbeats, silent_after=timedelta(0)).reconcile(
+        agent.id
+    )
+    await see(0, "unreachable")
+    path = f"/v2/workers/{agent.id}/registration"
+    assert (await agent.http.put(path, json=registration("one"))).status_code == 200
+    await see(1, "running")
+    await admin.delete(f"/v2/models/{model_id}")
+    await see(0, "stopping")
+
+
+async def test_a_watch_ends_with_the_key_that_opened_it(plane: Plane) -> None:
+    admin = await plane.admin()
+    key = (await admin.post("/v2/api-keys", json={"name": "k"})).json()
+    watch = Watch(plane.feed.watch(KINDS, USER, credential_id=key["id"]))
+    other = Watch(plane.feed.watch(KINDS, USER, credential_id=key["id"] + 1))
+    await watch.until("synced")
+    await other.until("synced")
+    await admin.delete(f"/v2/api-keys/{key['id']}")
+    with pytest.raises(StopAsyncIteration):
+        await watch.next()
+    (model,) = await add(plane, "m")
+    assert (await other.of(model))["data"]["name"] == "m"
+
+
+async def test_an_object_that_cannot_be_shown_ends_no_watch(plane: Plane) -> None:
+    odd, sound = await add(plane, "odd", "sound")
+    watch = Watch(plane.feed.watch(KINDS, USER))
+    await watch.until("synced")
+    async with plane.db.write() as session:
+        (await session.get_one(tables.Model, odd)).placement_strategy = "none that exists"
+        (await session.get_one(tables.Model, sound)).description = "still told of"
+    while (await watch.of(sound))["data"]["description"] is None:
+        pass
+    fresh = Watch(plane.feed.watch(KINDS, USER))
+    assert [event["id"] for event in await fresh.until("synced")] == [sound]
 
 
 async def test_a_stalled_watcher_costs_one_entry_per_object() -> None:

@@ -14,6 +14,7 @@ from alembic.script import ScriptDirectory
 from sqlalchemy import create_engine
 from sqlmodel import SQLModel
 
+from gpustack.errors import SettingsError
 from gpustack.server.db import tables
 from gpustack.server.db.migrate import HEAD, migrate, migrations
 
@@ -40,6 +41,42 @@ def test_migrating_again_changes_nothing_and_the_file_is_its_owners_alone(tmp_pa
     migrate(f"sqlite:///{path}")
     assert path.stat().st_mtime_ns == before
     assert path.stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize("statement", [1, 4, 9, 14])
+def test_a_migration_that_is_killed_leaves_nothing_and_is_done_again(
+    tmp_path: Path, statement: int
+) -> None:
+    """kill -9 after the n-th CREATE TABLE."""
+    code = (
+        "import os, signal, sys\n"
+        "from sqlalchemy import Engine, event\n"
+        "made = 0\n"
+        "@event.listens_for(Engine, 'after_cursor_execute')\n"
+        "def count(connection, cursor, statement, *_):\n"
+        "    global made\n"
+        "    made += statement.lstrip().startswith('CREATE TABLE')\n"
+        f"    if made == {statement}: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "from gpustack.server.db.migrate import migrate\n"
+        "migrate(sys.argv[1])\n"
+    )
+    url = f"sqlite:///{tmp_path / 'database.db'}"
+    killed = subprocess.run([sys.executable, "-c", code, url], check=False, capture_output=True)
+    migrate(url)
+    engine = create_engine(url)
+    with engine.connect() as connection:
+        context = MigrationContext.configure(connection, opts={"compare_type": True})
+        assert context.get_current_revision() == HEAD
+        assert compare_metadata(context, SQLModel.metadata) == []
+    engine.dispose()
+    assert killed.returncode in {-9, 0}  # 0: there are fewer tables than that
+
+
+def test_a_file_that_is_no_database_is_one_sentence(tmp_path: Path) -> None:
+    path = tmp_path / "database.db"
+    path.write_bytes(b"certainly no database" * 100)
+    with pytest.raises(SettingsError, match=r"cannot use .*database\.db"):
+        migrate(f"sqlite:///{path}")
 
 
 @pytest.fixture(scope="module")

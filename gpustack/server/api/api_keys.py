@@ -18,7 +18,7 @@ from gpustack.schemas.credentials import (
     CredentialKind,
     Scope,
 )
-from gpustack.server.api.context import Db, PageNumber, PerPage, pagination
+from gpustack.server.api.context import Db, Id, PageNumber, PerPage, pagination
 from gpustack.server.auth.principals import AnyUser, Principal
 from gpustack.server.db.database import ReadSession
 from gpustack.server.db.tables import Credential
@@ -64,13 +64,13 @@ async def create_key(db: Db, user: AnyUser, wanted: ApiKeyCreate) -> ApiKeyCreat
 
 
 @router.get("/{key_id}")
-async def get_key(db: Db, user: AnyUser, key_id: int) -> ApiKey:
+async def get_key(db: Db, user: AnyUser, key_id: Id) -> ApiKey:
     async with db.read() as session:
         return ApiKey.model_validate(await _own(session, user, key_id), from_attributes=True)
 
 
 @router.put("/{key_id}")
-async def update_key(db: Db, user: AnyUser, key_id: int, wanted: ApiKeyUpdate) -> ApiKey:
+async def update_key(db: Db, user: AnyUser, key_id: Id, wanted: ApiKeyUpdate) -> ApiKey:
     """Change what a key is called. Its value and its end stay."""
     async with db.write() as session:
         row = await _own(session, user, key_id)
@@ -79,7 +79,7 @@ async def update_key(db: Db, user: AnyUser, key_id: int, wanted: ApiKeyUpdate) -
 
 
 @router.delete("/{key_id}", status_code=204)
-async def delete_key(db: Db, user: AnyUser, key_id: int) -> Response:
+async def delete_key(db: Db, user: AnyUser, key_id: Id) -> Response:
     """End a key, everywhere."""
     async with db.write() as session:
         await session.delete(await _own(session, user, key_id))

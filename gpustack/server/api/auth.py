@@ -87,7 +87,7 @@ async def update_password(db: Db, user: LoggedIn, change: PasswordUpdate) -> Res
     passwords.check_policy(change.new_password)
     if change.new_password == change.current_password:
         raise Invalid("the new password is the current one: choose another")
-    hashed = passwords.hash_password(change.new_password)
+    hashed = await passwords.hash_password(change.new_password)
     async with db.write() as session:
         row = await session.get_one(User, user.user_id)
         row.password_hash = hashed

@@ -2,7 +2,7 @@
 
 from typing import Annotated
 
-from fastapi import Depends, Query, Request
+from fastapi import Depends, Path, Query, Request
 
 from gpustack.schemas.base import Pagination
 from gpustack.server.db.database import Database
@@ -29,7 +29,10 @@ Db = Annotated[Database, Depends(_db)]
 Changes = Annotated[Feed, Depends(_feed)]
 Beats = Annotated[Heartbeats, Depends(_heartbeats)]
 
-PageNumber = Annotated[int, Query(ge=1)]
+#: As large as a database's integer.
+Id = Annotated[int, Path(ge=1, le=2**63 - 1)]
+IdFilter = Annotated[int | None, Query(ge=1, le=2**63 - 1)]
+PageNumber = Annotated[int, Query(ge=1, le=10**12)]
 PerPage = Annotated[int, Query(ge=1, le=100, alias="perPage")]
 
 

@@ -13,12 +13,12 @@ from gpustack.lib.net import url_host
 from gpustack.schemas import wire
 from gpustack.schemas.base import Page
 from gpustack.schemas.instances import Instance, InstanceState, InstanceStatus, can_move
-from gpustack.server.api.context import Changes, Db, PageNumber, PerPage
+from gpustack.server.api.context import Changes, Db, Id, IdFilter, PageNumber, PerPage
 from gpustack.server.api.lists import page_of, watch_of
 from gpustack.server.auth.principals import Admin, AnyUser, Watcher, WorkerAgent
 from gpustack.server.db import tables
 from gpustack.server.db.database import Database, get, touch
-from gpustack.server.db.instances import remove
+from gpustack.server.db.instances import begin_end, remove
 from gpustack.server.views import USER, load
 
 if TYPE_CHECKING:
@@ -36,8 +36,8 @@ async def list_instances(
     watcher: Watcher,
     page: PageNumber = 1,
     perPage: PerPage = 100,
-    model_id: int | None = None,
-    worker_id: int | None = None,
+    model_id: IdFilter = None,
+    worker_id: IdFilter = None,
     watch: bool = False,
     since: str | None = None,
 ) -> Any:
@@ -50,7 +50,7 @@ async def list_instances(
 
 
 @router.get("/{instance_id}")
-async def get_instance(db: Db, user: AnyUser, instance_id: int) -> Instance:
+async def get_instance(db: Db, user: AnyUser, instance_id: Id) -> Instance:
     async with db.read() as session:
         await get(session, tables.Instance, instance_id)
         (found,) = await load(session, wire.INSTANCES, [instance_id])
@@ -58,18 +58,16 @@ async def get_instance(db: Db, user: AnyUser, instance_id: int) -> Instance:
 
 
 @router.delete("/{instance_id}", status_code=202)
-async def delete_instance(db: Db, admin: Admin, instance_id: int) -> Response:
+async def delete_instance(db: Db, admin: Admin, instance_id: Id) -> Response:
     """Stop this copy. Its model gets a new one while its replicas ask for one."""
     async with db.write() as session:
         row = await get(session, tables.Instance, instance_id)
-        if not row.deleting:
-            row.deleting = True
-            row.generation += 1
+        begin_end(session, row, await get(session, tables.Model, row.model_id))
     return Response(status_code=202)
 
 
 @router.post("/{instance_id}/retry", status_code=202)
-async def retry_instance(db: Db, admin: Admin, instance_id: int) -> Response:
+async def retry_instance(db: Db, admin: Admin, instance_id: Id) -> Response:
     """Start a failed instance again now, without waiting for its back-off."""
     async with db.write() as session:
         row = await get(session, tables.Instance, instance_id)
@@ -78,7 +76,7 @@ async def retry_instance(db: Db, admin: Admin, instance_id: int) -> Response:
 
 
 @router.put("/{instance_id}/status", status_code=204)
-async def report(db: Db, worker: WorkerAgent, instance_id: int, status: InstanceStatus) -> Response:
+async def report(db: Db, worker: WorkerAgent, instance_id: Id, status: InstanceStatus) -> Response:
     """What the instance's worker says. `gone` ends the row: its memory and name are free."""
     async with db.write() as session:
         row = await get(session, tables.Instance, instance_id)
@@ -104,7 +102,7 @@ async def report(db: Db, worker: WorkerAgent, instance_id: int, status: Instance
 
 @router.get("/{instance_id}/logs")
 async def logs(
-    db: Db, admin: Admin, instance_id: int, tail: int = 1000, follow: bool = False,
+    db: Db, admin: Admin, instance_id: Id, tail: int = 1000, follow: bool = False,
     previous: bool = False,
 ) -> StreamingResponse:  # fmt: skip
     """The engine's own output, from its worker; streamed, never held here."""

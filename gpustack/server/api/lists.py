@@ -53,4 +53,5 @@ def watch_of(
     hidden = kinds - VISIBLE[audience.kind]
     if hidden:
         raise Forbidden(f"this credential may not watch {', '.join(sorted(hidden))}")
-    return StreamingResponse(feed.watch(kinds, audience, since), media_type=NDJSON)
+    lines = feed.watch(kinds, audience, since, principal.credential_id)
+    return StreamingResponse(lines, media_type=NDJSON)

@@ -4,18 +4,18 @@ from typing import Any
 
 from fastapi import APIRouter, Response
 from sqlalchemy.exc import IntegrityError
-from sqlmodel import col
+from sqlmodel import col, select
 
 from gpustack.backends import BACKENDS, backend_for
 from gpustack.errors import Conflict, Invalid
 from gpustack.schemas import wire
 from gpustack.schemas.base import Page
 from gpustack.schemas.models import Model, ModelCreate, ModelSpec, ModelUpdate, VersionSpec
-from gpustack.server.api.context import Changes, Db, PageNumber, PerPage
+from gpustack.server.api.context import Changes, Db, Id, PageNumber, PerPage
 from gpustack.server.api.lists import page_of, watch_of
 from gpustack.server.auth.principals import Admin, AnyUser
 from gpustack.server.db import tables
-from gpustack.server.db.database import ReadSession, get
+from gpustack.server.db.database import ReadSession, get, touch
 from gpustack.server.db.versions import newest_version
 from gpustack.server.views import USER, load
 
@@ -40,7 +40,7 @@ async def list_models(
 
 
 @router.get("/{model_id}")
-async def get_model(db: Db, user: AnyUser, model_id: int) -> Model:
+async def get_model(db: Db, user: AnyUser, model_id: Id) -> Model:
     async with db.read() as session:
         return await _view(session, model_id)
 
@@ -61,7 +61,7 @@ async def create_model(db: Db, admin: Admin, spec: ModelCreate) -> Model:
 
 
 @router.put("/{model_id}")
-async def update_model(db: Db, admin: Admin, model_id: int, spec: ModelUpdate) -> Model:
+async def update_model(db: Db, admin: Admin, model_id: Id, spec: ModelUpdate) -> Model:
     """Change the spec. New instances start from it; running ones stay as they are."""
     check(spec)
     try:
@@ -76,8 +76,14 @@ async def update_model(db: Db, admin: Admin, model_id: int, spec: ModelUpdate) -
                 )
             changes = {k: v for k, v in _columns(spec).items() if getattr(row, k) != v}
             old = (await newest_version(session, model_id)).spec
-            if changes or old != spec.version().model_dump(mode="json"):
+            is_new = old != spec.version().model_dump(mode="json")
+            if changes or is_new:
                 row.sqlmodel_update(changes | {"generation": row.generation + 1})
+                for instance in await session.exec(
+                    select(tables.Instance).where(tables.Instance.model_id == model_id)
+                ):
+                    touch(session, instance)  # what it shows depends on its model
+            if is_new:
                 await _add_version(session, row, spec)
             await session.flush()
             view = await _view(session, model_id)
@@ -87,7 +93,7 @@ async def update_model(db: Db, admin: Admin, model_id: int, spec: ModelUpdate) -
 
 
 @router.delete("/{model_id}", status_code=202)
-async def delete_model(db: Db, admin: Admin, model_id: int) -> Response:
+async def delete_model(db: Db, admin: Admin, model_id: Id) -> Response:
     """Answers at once; the model goes with its last instance, and keeps its name until then."""
     async with db.write() as session:
         row = await get(session, tables.Model, model_id)

@@ -1,5 +1,6 @@
 """Every pending instance gets a worker, or the reasons why it has none."""
 
+import logging
 from collections import Counter
 
 from sqlmodel import col, select
@@ -14,6 +15,8 @@ from gpustack.schemas.profiles import Profile
 from gpustack.server.db.database import Database, WriteSession
 from gpustack.server.db.tables import Instance, Model, ModelVersion, Worker
 from gpustack.server.views import worker_view
+
+logger = logging.getLogger(__name__)
 
 #: The one key of the placement queue.
 ALL = 0
@@ -43,7 +46,7 @@ class Placements:
             snapshot, per_model = await _world(session)
             for instance, model, version in pending:
                 counts = per_model.setdefault(instance.model_id, Counter())
-                decision = decide(model, version, snapshot.with_instances(counts))
+                decision = _decided(model, version, snapshot.with_instances(counts))
                 if isinstance(decision, Placement):
                     snapshot = snapshot.with_claim(decision.worker_id, decision.claim)
                     counts[decision.worker_id] += 1
@@ -58,6 +61,17 @@ class Placements:
         return None
 
 
+def _decided(
+    model: Model, version: ModelVersion, snapshot: Snapshot
+) -> Placement | tuple[Reason, ...]:
+    try:
+        return decide(model, version, snapshot)
+    except Exception:  # one model's trouble must not keep the others waiting
+        logger.exception("placing an instance of %s failed", model.name)
+        message = "the scheduler failed on this model; the server's log says why"
+        return (Reason(code=ReasonCode.INTERNAL, message=message),)
+
+
 def decide(
     model: Model, version: ModelVersion, snapshot: Snapshot
 ) -> Placement | tuple[Reason, ...]:
@@ -67,10 +81,10 @@ def decide(
     if backend is None:
         message = f"no backend runs {spec.location}" + (f" as {spec.backend}" * bool(spec.backend))
         return (Reason(code=ReasonCode.BACKEND, message=message),)
-    if model.profile is None:
-        message = model.state_message or "the model's files are being read"
+    if version.profile is None:
+        message = version.problem or "the model's files are being read"
         return (Reason(code=ReasonCode.PROFILE, message=message),)
-    return place(spec, backend.demands(spec, Profile.model_validate(model.profile)), snapshot)
+    return place(spec, backend.demands(spec, Profile.model_validate(version.profile)), snapshot)
 
 
 def _spec_columns(model: Model) -> dict[str, object]:

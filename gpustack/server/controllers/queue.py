@@ -23,6 +23,7 @@ class WorkQueue(Generic[K]):
         self._waiting: set[K] = set()
         self._active: set[K] = set()
         self._failures: dict[K, int] = {}
+        self._timers: dict[K, asyncio.TimerHandle] = {}
 
     def add(self, key: K) -> None:
         if key in self._waiting:
@@ -34,6 +35,8 @@ class WorkQueue(Generic[K]):
     async def get(self) -> K:
         key = await self._ready.get()
         self._waiting.discard(key)
+        if (timer := self._timers.pop(key, None)) is not None:
+            timer.cancel()  # this look says when the next one is due
         self._active.add(key)
         return key
 
@@ -43,7 +46,10 @@ class WorkQueue(Generic[K]):
             self._ready.put_nowait(key)
 
     def add_later(self, key: K, delay: float) -> None:
-        asyncio.get_running_loop().call_later(delay, self.add, key)
+        """Add after a while. A key has one such appointment at most: the last one made."""
+        if (timer := self._timers.get(key)) is not None:
+            timer.cancel()
+        self._timers[key] = asyncio.get_running_loop().call_later(delay, self.add, key)
 
     def retry(self, key: K) -> None:
         """Add again after a wait that doubles with each failure in a row."""

@@ -2,13 +2,10 @@
 
 from datetime import UTC, datetime, timedelta
 
-from sqlmodel import select
-
-from gpustack.server.db.database import Database, touch
-from gpustack.server.db.tables import Instance, Worker
-from gpustack.server.heartbeats import Heartbeats
-
-SILENT_AFTER_S = 60.0
+from gpustack.server.db.database import Database
+from gpustack.server.db.tables import Worker
+from gpustack.server.db.workers import set_silent
+from gpustack.server.heartbeats import SILENT_AFTER, Heartbeats
 
 
 class Workers:
@@ -19,12 +16,12 @@ class Workers:
     """
 
     def __init__(
-        self, db: Database, heartbeats: Heartbeats, *, silent_after_s: float = SILENT_AFTER_S
+        self, db: Database, heartbeats: Heartbeats, *, silent_after: timedelta = SILENT_AFTER
     ) -> None:
         self._db = db
         self._heartbeats = heartbeats
         self._began = datetime.now(UTC)
-        self._limit = timedelta(seconds=silent_after_s)
+        self._limit = silent_after
 
     async def reconcile(self, key: int) -> float | None:
         async with self._db.read() as session:
@@ -44,7 +41,4 @@ class Workers:
             worker = await session.get(Worker, worker_id)
             if worker is None:
                 return
-            worker.silent = silent
-            # The state that users see of its instances depends on it.
-            for row in await session.exec(select(Instance).where(Instance.worker_id == worker_id)):
-                touch(session, row)
+            await set_silent(session, worker, silent=silent)

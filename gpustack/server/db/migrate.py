@@ -3,6 +3,8 @@
 import sqlite3
 from pathlib import Path
 
+from gpustack.errors import SettingsError
+
 #: The newest migration. Lets a start that has nothing to migrate skip importing alembic, which
 #: takes longer than all else it would do. A test holds it to the folder's head.
 HEAD = "0001"
@@ -22,13 +24,24 @@ def migrations() -> Path:
 
 
 def migrate(url: str) -> None:
-    """Run the migrations that `url` lacks. Blocks; run before serving.
+    """Run the migrations that `url` lacks, all of them or none. Blocks; run before serving.
 
     One process at a time: the server's lock on its data directory excludes others.
+
+    Raises:
+        SettingsError: the file cannot be opened, is no database, or is of a newer release.
     """
     path = Path(url.removeprefix("sqlite:///"))
-    if _version(path) == HEAD:
+    try:
+        version = _version(path)
+    except (sqlite3.DatabaseError, OSError) as error:
+        raise SettingsError(f"--database-url: cannot use {path}: {error}") from None
+    if version == HEAD:
         return
+    if version is not None and version > HEAD:
+        raise SettingsError(
+            f"--database-url: {path} is of a newer release (schema {version}, this one has {HEAD})"
+        )
     from alembic import command  # slow to import, and rarely needed
     from alembic.config import Config
 
@@ -46,8 +59,10 @@ def _version(path: Path) -> str | None:
     connection = sqlite3.connect(path)
     try:
         row = connection.execute("SELECT version_num FROM alembic_version").fetchone()
-    except sqlite3.OperationalError:  # no such table: never migrated
-        return None
+    except sqlite3.OperationalError as error:
+        if "no such table" not in str(error):
+            raise
+        return None  # never migrated
     finally:
         connection.close()
     return str(row[0]) if row else None

@@ -161,16 +161,18 @@ class Model(Watched, table=True):
     restart_on_error: bool
     generation: int = 1
     # the server's own
-    profile: dict[str, Any] | None = _json_or_null()
-    profile_generation: int = 0
-    state_message: str = ""
     deleting: bool = False
     created_at: datetime = _time(default_factory=now)
     updated_at: datetime = _time(default_factory=now, sa_column_kwargs={"onupdate": now})
 
 
 class ModelVersion(SQLModel, table=True):
-    """What instances are started from, as of one generation of a model. Never changed."""
+    """What instances are started from, as of one generation of a model. Its spec never changes.
+
+    Attributes:
+        profile: what the files say; None until they were read.
+        problem: why they could not be read, or not in full.
+    """
 
     __tablename__ = "model_versions"
     __table_args__ = (
@@ -183,6 +185,9 @@ class ModelVersion(SQLModel, table=True):
     generation: int
     spec: dict[str, Any] = _json()
     created_at: datetime = _time(default_factory=now)
+    # the server's own
+    profile: dict[str, Any] | None = _json_or_null()
+    problem: str = ""
 
 
 class Instance(Watched, table=True):

@@ -1,0 +1,19 @@
+"""Silence of a worker, and all that shows it."""
+
+from sqlmodel import col, select
+
+from gpustack.server.db.database import WriteSession, touch
+from gpustack.server.db.tables import Instance, Model, Worker
+
+
+async def set_silent(session: WriteSession, worker: Worker, *, silent: bool) -> None:
+    """Say whether the worker is silent; watchers of its instances and their models hear of it."""
+    if worker.silent == silent:
+        return
+    worker.silent = silent
+    on_it = (await session.exec(select(Instance).where(Instance.worker_id == worker.id))).all()
+    for instance in on_it:
+        touch(session, instance)
+    its_models = select(Model).where(col(Model.id).in_({one.model_id for one in on_it}))
+    for model in (await session.exec(its_models)).all():
+        touch(session, model)
