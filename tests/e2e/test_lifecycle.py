@@ -136,7 +136,7 @@ def test_a_model_that_fits_nowhere_waits_and_says_why(node: Node, models: Path) 
         "huge",
         models / "chat.gguf",
         wait="pending",
-        backend_parameters=["--ctx-size=2000000000"],
+        backend_parameters=["--ctx-size=900000000"],
     )
     soon(lambda: node.instances(model_id)[0]["reasons"], "it has reasons")
     (reason,) = node.instances(model_id)[0]["reasons"]
