@@ -122,7 +122,9 @@ class Enrolment:
             return self._accept(await self._register())
         try:
             async with Client(self._url, known.credential) as client:
-                return self._accept(await client.announce(known.worker_id, self.registration))
+                answer = await client.announce(known.worker_id, self.registration)
+            self._registered_again = False  # all is well: the next loss may be mended too
+            return self._accept(answer)
         except Unauthorized:
             # Once: two agents with one name would else take it from each other for ever.
             if self._registered_again:
