@@ -1,4 +1,4 @@
-"""A model's files on this machine, fetched when they are not."""
+"""A Hub's files on this machine, fetched when they are not here."""
 
 import asyncio
 import contextlib
@@ -13,12 +13,16 @@ from gpustack.errors import Invalid, NotFound, Unavailable
 from gpustack.hub.splits import choose, parts
 from gpustack.lib import platform
 from gpustack.lib.secrets import Secret
-from gpustack.schemas.models import Source, VersionSpec
+from gpustack.lib.text import plain
+from gpustack.schemas.models import VersionSpec
 
 if TYPE_CHECKING:
     from gpustack.hub.huggingface import Hub, RemoteFile
 
 Progress = Callable[[float], None]
+
+#: A file system's 255, less what a download adds to a name (`_place`).
+MAX_NAME_BYTES = 255 - len(".0123456789abcdef.part")
 
 
 async def fetch(
@@ -41,15 +45,11 @@ async def fetch(
         pause_s: the first wait after a broken connection.
 
     Raises:
-        NotFound: no such path, repository or file.
+        NotFound: no such repository or file.
         Forbidden: the repository is gated or private.
         Unavailable: the Hub cannot be reached, or sent what is not the file.
+        OSError: a file cannot be written; the message names it.
     """
-    if spec.source is Source.LOCAL_PATH:
-        path = Path(spec.local_path or "")
-        if not await asyncio.to_thread(path.exists):
-            raise NotFound(f"file not found: {path}")
-        return path
     repo, wanted = spec.huggingface_repo_id or "", spec.huggingface_filename
     folder = _below(cache_dir / "huggingface", repo)
     if wanted is not None and await asyncio.to_thread(_complete, folder, wanted):
@@ -138,8 +138,11 @@ def _below(folder: Path, name: str) -> Path:
     Raises:
         NotFound: it would lie elsewhere.
     """
-    if not name or name.startswith("/") or {"..", "."} & set(name.split("/")) or "\\" in name:
+    pieces = name.split("/")
+    if plain(name) != name or "\\" in name or {"", "..", "."} & set(pieces):
         raise NotFound(f"{name!r} names no repository or file of a Hub")
+    if any(len(os.fsencode(piece)) > MAX_NAME_BYTES for piece in pieces):
+        raise NotFound(f"{pieces[-1][:40]}… is a longer name than a file here can have")
     return folder / name
 
 

@@ -5,23 +5,28 @@ download in a thread cannot be cancelled. See docs/decisions.
 """
 
 import asyncio
+import json
 import os
+import re
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, BinaryIO, Self
+from typing import BinaryIO, Self
 from urllib.parse import quote
 
 import httpx
 
-from gpustack.errors import Forbidden, GPUStackError, NotFound, Unavailable
+from gpustack.errors import Forbidden, GPUStackError, Invalid, NotFound, Unavailable
 from gpustack.lib.secrets import Secret
+from gpustack.lib.text import plain
 
 ENDPOINT = "https://huggingface.co"
 #: Attempts in a row that bring no byte, before a download is given up.
 ATTEMPTS = 5
 CHUNK_BYTES = 1 << 20
+#: Far above any repository in use: a page lists 1000 files in some 400 KB.
+MAX_PAGES, MAX_LISTING_BYTES = 100, 64 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +52,9 @@ class Hub:
     Args:
         endpoint: its address; None: HF_ENDPOINT's, or the public Hub.
         pause_s: the first wait after a broken connection; it doubles.
+
+    Raises:
+        Invalid: the endpoint is no address, or no header can hold the token.
     """
 
     def __init__(
@@ -54,7 +62,13 @@ class Hub:
     ) -> None:
         address = endpoint or os.environ.get("HF_ENDPOINT") or ENDPOINT
         self.endpoint = address.rstrip("/")
+        self._origin = _origin(self.endpoint)
         self._has_token = token is not None
+        if token is not None and not re.fullmatch(r"[!-~]+", token.reveal()):
+            raise Invalid(
+                "the Hugging Face token has characters that no token has (spaces, line ends, "
+                "letters beyond ASCII): see --huggingface-token or HF_TOKEN"
+            )
         self._pause_s = pause_s
         self._http = httpx.AsyncClient(
             headers={"Authorization": f"Bearer {token.reveal()}"} if token else {},
@@ -79,16 +93,54 @@ class Hub:
         Raises:
             NotFound: no such repository.
             Forbidden: it is gated or private, and the token does not open it.
-            Unavailable: the Hub does not answer.
+            Unavailable: the Hub does not answer, or with what is no list of files.
         """
         found: list[RemoteFile] = []
-        url: str | None = f"{self.endpoint}/api/models/{quote(repo)}/tree/main?recursive=true"
-        while url:
+        url = f"{self.endpoint}/api/models/{quote(repo)}/tree/main?recursive=true"
+        left = MAX_LISTING_BYTES
+        for _ in range(MAX_PAGES):
             async with self._get(url, repo) as answer:
-                await answer.aread()
-                found += [_file(entry) for entry in _entries(answer) if entry["type"] == "file"]
-                url = answer.links.get("next", {}).get("url")
-        return found
+                content = await self._page(answer, left, repo)
+                left -= len(content)
+                found += self._files(content)
+                following = answer.links.get("next", {}).get("url")
+            if following is None:
+                return found
+            url = self._at_home(url, following)
+        raise Unavailable(f"{self.endpoint} lists the files of {repo} on over {MAX_PAGES} pages")
+
+    async def _page(self, answer: httpx.Response, limit: int, repo: str) -> bytes:
+        content = bytearray()
+        async for chunk in answer.aiter_bytes(CHUNK_BYTES):
+            content += chunk
+            if len(content) > limit:
+                raise Unavailable(
+                    f"{self.endpoint} lists the files of {repo} in over {MAX_LISTING_BYTES} bytes"
+                )
+        return bytes(content)
+
+    def _files(self, content: bytes) -> list[RemoteFile]:
+        try:
+            entries = json.loads(content)
+            files = [_file(entry) for entry in entries] if isinstance(entries, list) else None
+        except (ValueError, RecursionError):
+            files = None
+        if files is None:
+            raise Unavailable(f"{self.endpoint} does not speak the Hugging Face Hub's interface")
+        return [file for file in files if file is not None]
+
+    def _at_home(self, url: str, following: str) -> str:
+        """The next page's address: the token is shown to no other host."""
+        try:
+            target = str(httpx.URL(url).join(following))
+            if _origin(target) == self._origin:
+                return target
+        except (Invalid, ValueError, httpx.InvalidURL):
+            pass  # no address at all
+        raise Unavailable(
+            f"{self.endpoint} continues its list of files at another address: "
+            f"{plain(following)[:200]}"
+        )
 
     async def beginning(self, repo: str, path: str, count: int) -> bytes:
         """The file's first `count` bytes, or all if it has fewer."""
@@ -111,7 +163,8 @@ class Hub:
             progress: told how many bytes are there.
 
         Raises:
-            Unavailable: the Hub gave nothing `ATTEMPTS` times in a row.
+            Unavailable: the Hub gave nothing `ATTEMPTS` times in a row, or more than there is;
+                then `out` is empty.
         """
         failures = 0
         while (have := out.tell()) < file.size:
@@ -136,6 +189,13 @@ class Hub:
             try:
                 async for chunk in answer.aiter_raw():
                     pending += chunk
+                    if out.tell() + len(pending) > file.size:
+                        pending.clear()
+                        out.truncate(0)  # what came before is not to be trusted either
+                        raise Unavailable(
+                            f"the Hub sends more for {file.path} than the {file.size} bytes that "
+                            "it announced"
+                        )
                     if len(pending) >= CHUNK_BYTES:
                         piece, pending = pending, bytearray()
                         await asyncio.to_thread(out.write, piece)
@@ -152,12 +212,14 @@ class Hub:
     async def _get(
         self, url: str, repo: str, headers: dict[str, str] | None = None
     ) -> AsyncIterator[httpx.Response]:
-        plain = {"Accept-Encoding": "identity", **(headers or {})}
+        sent = {"Accept-Encoding": "identity", **(headers or {})}
         try:
-            async with self._http.stream("GET", url, headers=plain) as answer:
+            async with self._http.stream("GET", url, headers=sent) as answer:
                 if not answer.is_success:
                     raise self._refusal(answer, repo)
                 yield answer
+        except (httpx.InvalidURL, UnicodeError) as error:  # a host's name, or a redirection's
+            raise Unavailable(f"no request can be sent to {self.endpoint}: {error}") from error
         except httpx.HTTPError as error:
             why = str(error) or type(error).__name__
             raise Interrupted(
@@ -184,16 +246,39 @@ class Hub:
         return Unavailable(sentence)
 
 
-def _entries(answer: httpx.Response) -> list[dict[str, Any]]:
+def _file(entry: object) -> RemoteFile | None:
+    """One entry of a list; None: it is a folder.
+
+    Raises:
+        ValueError: it is nothing that a Hub lists.
+    """
+    if not isinstance(entry, dict):
+        raise ValueError
+    if entry.get("type") != "file":
+        return None
+    path, size, large = entry.get("path"), entry.get("size"), entry.get("lfs")
+    if not isinstance(path, str) or type(size) is not int or not 0 <= size < 2**63:
+        raise ValueError
+    path.encode()  # half a surrogate pair is no name: UnicodeEncodeError, a ValueError
+    if large is None:
+        return RemoteFile(path, size, None)
+    digest = large.get("oid") if isinstance(large, dict) else None
+    if not isinstance(digest, str) or not re.fullmatch(r"[0-9a-f]{64}", digest):
+        raise ValueError
+    return RemoteFile(path, size, digest)
+
+
+def _origin(url: str) -> tuple[str, str, int]:
+    """Scheme, host and port.
+
+    Raises:
+        Invalid: it is no address of a server.
+    """
     try:
-        entries = answer.json()
-    except ValueError:
-        entries = None
-    if not isinstance(entries, list):
-        raise Unavailable(f"{answer.url.host} does not speak the Hugging Face Hub's interface")
-    return entries
-
-
-def _file(entry: dict[str, Any]) -> RemoteFile:
-    large = entry.get("lfs") or {}
-    return RemoteFile(str(entry["path"]), int(entry["size"]), large.get("oid"))
+        read = httpx.URL(url)  # read as it is by the requests that are sent to it
+        port = read.port or {"http": 80, "https": 443}[read.scheme]
+        if read.host and port < 2**16:
+            return read.scheme, read.host, port
+    except (httpx.InvalidURL, ValueError, KeyError):
+        pass  # no address at all
+    raise Invalid(f"{plain(url)[:200]!r} is no address of a Hugging Face Hub: see HF_ENDPOINT")

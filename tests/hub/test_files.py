@@ -1,16 +1,18 @@
 """Downloads against a Hub on loopback."""
 
 import asyncio
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from gpustack.errors import Forbidden, GPUStackError, Invalid, NotFound, Unavailable
+from gpustack.hub import huggingface
 from gpustack.hub.files import fetch
 from gpustack.lib.secrets import Secret
 from gpustack.schemas.models import Source, VersionSpec
-from tests.support.fake_hub import FakeHub
+from tests.support.fake_hub import FakeHub, fake_hub
 
 
 def spec(repo: str, file: str | None = None) -> VersionSpec:
@@ -206,11 +208,102 @@ async def test_the_variable_hf_endpoint_is_honoured(
     assert path.exists()
 
 
-async def test_a_local_path_is_taken_as_it_is(tmp_path: Path) -> None:
-    here = tmp_path / "m.gguf"
-    here.write_bytes(b"x")
-    local = VersionSpec(source=Source.LOCAL_PATH, local_path=str(here))
-    assert await fetch(local, tmp_path, token=None, progress=lambda percent: None) == here
-    here.unlink()
-    with pytest.raises(NotFound, match=r"m\.gguf"):
-        await fetch(local, tmp_path, token=None, progress=lambda percent: None)
+ENTRY = {"type": "file", "path": "a.gguf", "size": 1}
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"type": "file", "size": 1},
+        ENTRY | {"path": 1},
+        ENTRY | {"path": "\ud800"},
+        ENTRY | {"size": "many"},
+        ENTRY | {"size": True},
+        ENTRY | {"size": -1},
+        ENTRY | {"lfs": "yes"},
+        ENTRY | {"lfs": {"oid": "../../../etc/passwd"}},
+        ENTRY | {"lfs": {"oid": "A" * 64}},
+        ENTRY | {"lfs": {"size": 1}},
+        "a.gguf",
+        None,
+    ],
+)
+async def test_a_list_with_an_entry_that_no_hub_lists_is_refused(
+    entry: object, hub: FakeHub, cache: Path
+) -> None:
+    hub.listing = json.dumps([entry]).encode()
+    with pytest.raises(Unavailable, match="does not speak"):
+        await get(hub, cache, "org/one", "a.gguf")
+
+
+async def test_a_list_nested_without_end_is_refused(hub: FakeHub, cache: Path) -> None:
+    hub.listing = b"[" * 200_000
+    with pytest.raises(Unavailable, match="does not speak"):
+        await get(hub, cache, "org/one", "a.gguf")
+
+
+@pytest.mark.parametrize("name", ["a\0b.gguf", "x" * 240 + ".gguf", "a//b.gguf"])
+async def test_a_name_that_no_file_here_can_have_is_one_sentence(
+    name: str, hub: FakeHub, cache: Path
+) -> None:
+    hub.repos["org/odd"] = {name: b"x"}
+    with pytest.raises(NotFound) as caught:
+        await get(hub, cache, "org/odd")
+    assert "\0" not in str(caught.value)
+
+
+@pytest.mark.parametrize("token", ["schlüssel", "two words", "line\nend", ""])
+async def test_a_token_that_no_header_can_hold_is_said_without_showing_it(
+    token: str, hub: FakeHub, cache: Path
+) -> None:
+    with pytest.raises(Invalid, match="--huggingface-token") as caught:
+        await get(hub, cache, "org/one", "one.gguf", token=Secret(token))
+    assert not token or token not in str(caught.value)
+    assert not hub.requests
+
+
+@pytest.mark.parametrize(
+    "address", ["http://127.0.0.1:99999", "hub", "ftp://hub", "http://", "http://["]
+)
+async def test_an_endpoint_that_is_no_address_is_said(address: str, cache: Path) -> None:
+    with pytest.raises(Invalid, match="HF_ENDPOINT"):
+        await get(FakeHub(url=address), cache, "org/one", "one.gguf")
+
+
+async def test_the_token_is_shown_to_no_other_host(hub: FakeHub, cache: Path) -> None:
+    with fake_hub() as other:
+        for following in (f"{other.url}/api/models/org/one", "//127.0.0.1:1/x", "http://[x"):
+            hub.following = following
+            with pytest.raises(Unavailable, match="at another address"):
+                await get(hub, cache, "org/one", "one.gguf", token=Secret("hf_secret"))
+        assert not other.requests
+    assert set(hub.tokens) == {"Bearer hf_secret"}
+
+
+async def test_a_list_without_end_is_given_up(hub: FakeHub, cache: Path) -> None:
+    hub.following = "/api/models/org/one/tree/main?cursor=0"
+    with pytest.raises(Unavailable, match="over 100 pages"):
+        await get(hub, cache, "org/one", "one.gguf")
+    assert len(hub.requests) == 100
+
+
+async def test_a_list_that_is_too_long_is_not_read_to_its_end(
+    hub: FakeHub, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(huggingface, "MAX_LISTING_BYTES", 1000)
+    hub.listing = b"[" + b" " * 2000 + b"]"
+    with pytest.raises(Unavailable, match="over 1000 bytes"):
+        await get(hub, cache, "org/one", "one.gguf")
+
+
+@pytest.mark.parametrize("excess", [1, 40_000_000])
+async def test_more_than_was_announced_is_not_written(
+    excess: int, hub: FakeHub, cache: Path, model: bytes
+) -> None:
+    hub.excess = bytes(excess)
+    with pytest.raises(Unavailable, match=r"more for one\.gguf"):
+        await get(hub, cache, "org/one", "one.gguf")
+    assert [part.stat().st_size for part in leftovers(cache)] == [0]
+    assert len(hub.ranges) == 1
+    hub.excess = b""
+    assert (await get(hub, cache, "org/one", "one.gguf")).read_bytes() == model

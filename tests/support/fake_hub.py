@@ -22,6 +22,10 @@ class FakeHub:
         gated: repositories that only `token` opens.
         cuts: bytes after which each next download is cut; then downloads go through.
         corrupt: send other bytes than announced.
+        excess: sent after the end of each file.
+        listing: every page, instead of what there is.
+        following: where every page says that the next one is.
+        tokens: the Authorization header of every request.
         ranges: the Range header of every download.
     """
 
@@ -31,6 +35,10 @@ class FakeHub:
     token: str = "hf_right"
     cuts: list[int] = field(default_factory=list)
     corrupt: bool = False
+    excess: bytes = b""
+    listing: bytes | None = None
+    following: str = ""
+    tokens: list[str | None] = field(default_factory=list)
     ignore_ranges: bool = False
     broken: bool = False
     ranges: list[str | None] = field(default_factory=list)
@@ -45,6 +53,7 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         hub, path = self.hub, unquote(urlsplit(self.path).path)
         hub.requests.append(self.path)
+        hub.tokens.append(self.headers["Authorization"])
         listing = path.startswith("/api/models/")
         repo = path.removeprefix("/api/models") if listing else path
         name = "/".join(repo.split("/")[1:3])
@@ -72,7 +81,10 @@ class _Handler(BaseHTTPRequestHandler):
         if start + PAGE < len(files):
             following = f"{self.hub.url}/api/models/{name}/tree/main?cursor={start + PAGE}"
             more["Link"] = f'<{following}>; rel="next"'
-        self._answer(200, json.dumps(entries).encode(), more)
+        if self.hub.following:
+            more["Link"] = f'<{self.hub.following}>; rel="next"'
+        listing = self.hub.listing
+        self._answer(200, json.dumps(entries).encode() if listing is None else listing, more)
 
     def _file(self, name: str, path: str) -> None:
         hub = self.hub
@@ -80,6 +92,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._fail(404, "EntryNotFound")
             return
         content = hub.repos[name][path]
+        content += hub.excess
         if hub.corrupt:
             content = bytes(byte ^ 1 for byte in content)
         asked = self.headers["Range"]
