@@ -64,7 +64,7 @@ class ModelFiles:
             progress: told the share that is here, percent.
         """
         if spec.source is Source.LOCAL_PATH:
-            return self._local(spec.local_path or "")
+            return await asyncio.to_thread(self._local, spec.local_path or "")
         key = (spec.huggingface_repo_id, spec.huggingface_filename)
         fetch = self._fetches.get(key)
         if fetch is None:
@@ -79,8 +79,13 @@ class ModelFiles:
                 fetch.task.cancel()
 
     def _local(self, path: str) -> Path | Failure:
-        if Path(path).exists():
-            return Path(path)
+        try:
+            if Path(path).exists():
+                return Path(path)
+        except OSError as error:
+            why = error.strerror or str(error)
+            sentence = f"cannot look for {path} on worker {self._worker_name}: {why}"
+            return Failure(Trouble.FILES, sentence)
         return Failure(Trouble.FILES, f"file not found: {path} on worker {self._worker_name}")
 
     def _begin(self, key: tuple[str | None, str | None], spec: VersionSpec) -> _Fetch:
@@ -100,4 +105,9 @@ class ModelFiles:
             path = await fetcher(spec, self._cache_dir, token=self._token, progress=progress)
         except (GPUStackError, OSError) as error:
             return Failure(Trouble.FILES, f"cannot fetch {spec.location}: {error}")
+        except Exception as error:  # one file's trouble must not end the agent
+            logger.exception("fetching %s failed", spec.location)
+            return Failure(
+                Trouble.FILES, f"cannot fetch {spec.location}: the agent failed: {error!r}"
+            )
         return path

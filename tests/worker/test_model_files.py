@@ -2,6 +2,8 @@ import asyncio
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from gpustack.errors import Unavailable
 from gpustack.lib.secrets import Secret
 from gpustack.schemas.models import Source, VersionSpec
@@ -111,3 +113,30 @@ async def test_a_local_path_must_be_there(tmp_path: Path) -> None:
         assert await store.path(missing, lambda _: None) == Failure(
             Trouble.FILES, f"file not found: {tmp_path / 'no'} on worker w"
         )
+
+
+async def test_a_path_that_cannot_be_looked_for_is_one_sentence(tmp_path: Path) -> None:
+    long = VersionSpec(source=Source.LOCAL_PATH, local_path=f"{tmp_path}/{'x' * 300}.gguf")
+    async with asyncio.TaskGroup() as group:
+        failure = await files(group, Hub()).path(long, lambda _: None)
+    assert isinstance(failure, Failure)
+    assert failure.sentence == (
+        f"cannot look for {long.local_path} on worker w: File name too long"
+    )
+
+
+@pytest.mark.parametrize("error", [KeyError("path"), UnicodeEncodeError("ascii", "ä", 0, 1, "x")])
+async def test_a_download_that_fails_as_nobody_expected_fails_its_waiters_only(
+    error: Exception,
+) -> None:
+    hub = Hub()
+    async with asyncio.TaskGroup() as group:
+        store = files(group, hub)
+        both = [group.create_task(store.path(REMOTE, lambda _: None)) for _ in range(2)]
+        await turns()
+        hub.error = error
+        hub.deliver.set()
+    for waiter in both:
+        failure = waiter.result()
+        assert isinstance(failure, Failure)
+        assert type(error).__name__ in failure.sentence
