@@ -5,6 +5,7 @@ from typing import Final, NamedTuple
 import msgspec
 
 from gpustack.errors import BadRequest
+from gpustack.lib.decode import UNREADABLE
 
 _Fields = dict[str, msgspec.Raw]
 _fields = msgspec.json.Decoder(_Fields)
@@ -40,7 +41,7 @@ def understand(body: bytes, *, has_stream: bool) -> Asked:
     """
     try:
         fields = _fields.decode(body)
-    except (msgspec.DecodeError, ValueError) as error:
+    except UNREADABLE as error:
         raise BadRequest(f"The body is not a JSON object: {error}") from None
     model = _model(fields)
     if not has_stream or fields.get("stream") != _TRUE:
@@ -59,7 +60,7 @@ def _model(fields: _Fields) -> str:
         raise BadRequest("The body names no model.", param="model")
     try:
         return _text.decode(raw)
-    except (msgspec.DecodeError, ValueError):
+    except UNREADABLE:
         raise BadRequest("The model's name must be a string.", param="model") from None
 
 
@@ -69,5 +70,5 @@ def _options(raw: msgspec.Raw | None) -> _Fields | None:
         return {}
     try:
         return _fields.decode(raw)
-    except (msgspec.DecodeError, ValueError):
+    except UNREADABLE:
         return None

@@ -6,6 +6,8 @@ from typing import Final, NamedTuple
 
 import msgspec
 
+from gpustack.lib.decode import UNREADABLE
+
 _KEY: Final = b'"usage"'
 _EVENT_END: Final = re.compile(rb"\r?\n\r?\n|\r\r")
 _ENDS: Final = (b"\n\n", b"\r\n\r\n")
@@ -51,7 +53,7 @@ _chunk = msgspec.json.Decoder(_Chunk)
 def _decode(raw: bytes) -> _Chunk | None:
     try:
         return _chunk.decode(raw)
-    except (msgspec.DecodeError, ValueError):
+    except UNREADABLE:
         return None
 
 
@@ -123,7 +125,7 @@ def _search(edge: bytes) -> Tokens | None:
             text = edge[match.end() :].decode(errors="replace")
             found, _ = json.JSONDecoder().raw_decode(text)
             return msgspec.convert(found, _Usage).tokens()
-        except (ValueError, msgspec.ValidationError):
+        except UNREADABLE:
             continue
     return None
 

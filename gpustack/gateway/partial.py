@@ -5,6 +5,8 @@ from typing import Final
 
 import msgspec
 
+from gpustack.lib.decode import UNREADABLE
+
 #: A string (its end may be cut off), a bracket, or a comma or colon.
 _TOKEN: Final = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?|[{}\[\],:]', re.DOTALL)
 #: Enough for thousands of messages, and less than a tenth of a second of work.
@@ -38,5 +40,5 @@ def model_of(beginning: bytes) -> str | None:
 def _text(raw: bytes) -> str | None:
     try:
         return msgspec.json.decode(raw, type=str)
-    except msgspec.DecodeError:
+    except UNREADABLE:
         return None

@@ -13,6 +13,7 @@ from gpustack.gateway.choice import Candidate, choose
 from gpustack.gateway.counts import Counts
 from gpustack.gateway.tables import Instance, Model, Tables
 from gpustack.lib.backoff import delay_s
+from gpustack.lib.decode import UNREADABLE
 from gpustack.lib.net import url_host
 from gpustack.schemas import wire
 
@@ -117,7 +118,7 @@ class Routing:
             return msgspec.json.decode(raw, type=_WorkerCredential).worker_id
         except FileNotFoundError:
             return None
-        except (OSError, msgspec.DecodeError) as error:
+        except (OSError, *UNREADABLE) as error:
             logger.warning("%s is not readable: %s", self._worker_file, error)
             return None
 

@@ -23,6 +23,7 @@ from typing import IO, Final
 import msgspec
 
 from gpustack.lib import platform
+from gpustack.lib.decode import UNREADABLE
 from gpustack.lib.secrets import new_secret
 
 logger = logging.getLogger(__name__)
@@ -113,16 +114,31 @@ class Spool:
             if not _SPOOL_NAME.fullmatch(path.name):
                 continue
             try:
-                file = path.open("rb+", buffering=0)
-            except FileNotFoundError:
+                found = cls._taken(path)
+            except OSError as error:  # the others shall be sent all the same
+                logger.warning("spool %s is not readable: %s", path, error)
                 continue
-            # Between opening and locking its owner may have put another file in its place.
-            if not platform.lock(file) or not _is_at(file, path):
-                file.close()
-                continue
-            spool = cls(path, file)
+            if found is not None:
+                yield found
+
+    @classmethod
+    def _taken(cls, path: Path) -> "Spool | None":
+        """The spool at `path`, recovered; None if it is gone or in a live process's hands."""
+        try:
+            file = path.open("rb+", buffering=0)
+        except FileNotFoundError:
+            return None
+        # Between opening and locking its owner may have put another file in its place.
+        if not platform.lock(file) or not _is_at(file, path):
+            file.close()
+            return None
+        spool = cls(path, file)
+        try:
             spool._recover()
-            yield spool
+        except OSError:
+            file.close()
+            raise
+        return spool
 
     def _recover(self) -> None:
         known: dict[str, Record] = {}
@@ -259,5 +275,5 @@ def _is_at(file: IO[bytes], path: Path) -> bool:
 def _parsed(raw: bytes) -> _Line:
     try:
         return _line.decode(raw)
-    except msgspec.DecodeError:
+    except UNREADABLE:
         return _Line()  # half a line at the end of a life that was cut short

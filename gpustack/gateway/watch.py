@@ -13,6 +13,7 @@ from gpustack.forward.http1 import Headers
 from gpustack.forward.upstream import Address, Pool
 from gpustack.gateway.tables import KINDS, Tables
 from gpustack.lib.backoff import delay_s
+from gpustack.lib.decode import UNREADABLE
 from gpustack.lib.platform import write_private
 
 logger = logging.getLogger(__name__)
@@ -119,7 +120,7 @@ class Watch:
             if event.type == "put":
                 try:
                     tables.put(event.kind, event.data)
-                except msgspec.DecodeError as error:
+                except UNREADABLE as error:
                     logger.warning("%s %d is not readable: %s", event.kind, event.id, error)
             elif event.type == "delete":
                 tables.delete(event.kind, event.id)
@@ -162,7 +163,7 @@ class Watch:
             try:
                 async with asyncio.timeout(REFRESH_S):
                     fresh = await self._ask()
-            except (TimeoutError, FetchFailed, msgspec.DecodeError):
+            except (TimeoutError, FetchFailed, *UNREADABLE):
                 pass
             finally:
                 if asked is not None and not asked.done():
@@ -211,7 +212,7 @@ class Disk:
             return Tables.load(self._path.read_bytes())
         except FileNotFoundError:
             return None
-        except (OSError, msgspec.DecodeError) as error:
+        except (OSError, *UNREADABLE) as error:
             logger.warning("snapshot %s is ignored: %s", self._path, error)
             return None
 

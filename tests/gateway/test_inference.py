@@ -184,7 +184,10 @@ async def test_an_instance_elsewhere_is_reached_through_its_relay(tmp_path: Path
             assert relay.seen[0].headers["authorization"] == "Bearer secret-5"
 
 
-@pytest.mark.parametrize("body", [b"{", b"[]", b"", b'{"model": 5}', b'{"messages": []}', b"\xff"])
+@pytest.mark.parametrize("body", [b"{", b"[]", b"", b'{"model": 5}', b'{"messages": []}', b"\xff",
+    b'{"model": "\xff"}', b'{"model": "m", "messages": ' + b"[" * 3000 + b"]" * 3000 + b"}",
+    b'{"model": "m", "stream": true, "stream_options": {"a": ' + b"[" * 3000 + b"]" * 3000 + b"}}",
+])
 async def test_a_broken_body_is_refused_in_openais_shape(tmp_path: Path, body: bytes) -> None:
     async with watch_server() as server, running() as engine:
         fill(server, engine)
@@ -219,6 +222,23 @@ async def test_a_model_without_a_ready_instance_says_in_which_state_they_are(
             assert reply.status == 503
             assert "1 pending, 2 starting" in error(reply)["message"]
             assert int(reply.headers["retry-after"]) >= 1
+
+
+@pytest.mark.parametrize("content", [b'{"worker_id": "\xff"}', b"[" * 3000, b"{"])
+async def test_a_credential_file_that_is_not_readable_makes_every_engine_one_elsewhere(
+    tmp_path: Path, content: bytes
+) -> None:
+    async with watch_server() as server, running() as engine:
+        fill(server, engine)
+        async with gateway(tmp_path, server.port) as gate:
+            (tmp_path / "worker_credential").write_bytes(content)
+            server.put("workers", worker(1, engine.port))
+
+            async def relayed() -> bool:
+                assert (await gate.chat()).status == 200
+                return "x-gpustack-instance" in engine.seen[-1].headers
+
+            await eventually(relayed, "the relay")
 
 
 async def test_an_instance_that_became_ready_just_now_is_used_at_once(tmp_path: Path) -> None:

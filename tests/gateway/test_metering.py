@@ -134,6 +134,15 @@ def test_the_usage_of_a_large_answer_is_found_at_either_end(first: bool) -> None
     assert reader.tokens() == Tokens(7, 5)
 
 
+def test_an_answer_nested_without_end_has_no_usage_and_passes() -> None:
+    deep = b'data: {"usage": ' + b"[" * 3000 + b"]" * 3000 + b"}\n\n"
+    assert read(UsageFilter(), [deep]) == deep
+    whole = b'{"usage": ' + b"[" * 3000 + b"]" * 3000 + b"}"
+    reader = WholeReader()
+    assert read(reader, [whole]) == whole
+    assert reader.tokens() is None
+
+
 def test_text_that_looks_like_usage_is_no_usage() -> None:
     text = 'I say "usage": {"prompt_tokens": 99}'
     body = {"choices": [{"text": "x" * 70_000}, {"text": text}]}

@@ -118,6 +118,10 @@ def test_a_models_name_is_found_early_or_not_at_all(
     assert model_of(json.dumps(fields).encode()) is None
 
 
+def test_a_models_name_that_is_no_text_is_none() -> None:
+    assert model_of(b'{"model": "\xff", "messages": []}') is None
+
+
 def test_looking_for_a_model_is_quick_whatever_comes() -> None:
     for hostile in (b'{"a":' + b"[" * 8_000_000, b'{"a":"' + b"\\" * 8_000_000,
                     b'{"a":' + b'"' * 8_000_000, b"," * 8_000_000):  # fmt: skip

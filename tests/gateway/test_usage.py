@@ -247,6 +247,24 @@ def test_half_a_line_at_the_end_of_a_left_over_spool_spoils_nothing(tmp_path: Pa
     left.close()
 
 
+def test_a_broken_letter_in_one_left_over_spool_stops_neither_it_nor_the_others(
+    tmp_path: Path,
+) -> None:
+    broken, other = Spool.create(tmp_path), Spool.create(tmp_path)
+    for spool in (broken, other):
+        spool.end(record("a"))
+        spool.end(record("b"))
+        spool.close()
+    path = tmp_path / broken.id
+    path.write_bytes(path.read_bytes().replace(b'"request_id":"a"', b'"request_id":"\xff"'))
+    (tmp_path / ("0" * 32)).mkdir()  # nobody can open it for writing
+    found = {left.id: left for left in Spool.left_over(tmp_path)}
+    assert ends(found[broken.id]) == ["b"]
+    assert ends(found[other.id]) == ["a", "b"]
+    for left in found.values():
+        left.close()
+
+
 def test_a_full_spool_counts_what_it_drops(tmp_path: Path) -> None:
     spool = Spool.create(tmp_path, limit_bytes=2000)
     for _ in range(100):

@@ -87,6 +87,23 @@ async def test_an_object_that_is_not_readable_does_not_stop_the_others(tmp_path:
             assert set(gate.watch.tables.by_name) == {"m", "after"}
 
 
+async def test_an_object_with_a_broken_letter_does_not_stop_the_others(tmp_path: Path) -> None:
+    async with watch_server() as server, running() as engine:
+        fill(server)
+        async with gateway(tmp_path, server.port) as gate:
+            connected = len(server.watches)
+            head = b'{"type":"put","kind":"models","id":9,"cursor":"e.9","data":'
+            server.tell(head + b'{"id":9,"name":"\xff","created_at":"2026-01-02T03:04:05Z"}}\n')
+            server.put("model-instances", instance(1, 1, engine.port))
+
+            async def served() -> bool:
+                return (await gate.chat()).status == 200
+
+            await eventually(served, "the instance after it")
+            assert len(server.watches) == connected
+            assert gate.watch.connected
+
+
 async def test_a_refresh_asked_for_during_another_waits_for_the_next(tmp_path: Path) -> None:
     async with watch_server() as server:
         fill(server)
@@ -166,7 +183,8 @@ async def test_without_tables_a_gateway_is_not_ready_and_says_so(tmp_path: Path)
 
 @pytest.mark.parametrize(
     "content", [b"", b"{", b"[]", b'{"format": 1}', b'{"format":99,"credentials":[],"models":[],'
-    b'"instances":[],"workers":[]}'],
+    b'"instances":[],"workers":[]}',
+    b'{"format":1,"credentials":[{"id":1,"kind":"\xff"}]}', b"[" * 3000],
 )  # fmt: skip
 async def test_a_snapshot_that_is_not_usable_is_ignored_with_a_warning(
     tmp_path: Path, content: bytes, caplog: pytest.LogCaptureFixture
