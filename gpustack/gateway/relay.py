@@ -6,6 +6,7 @@ nor the server, and an agent may die without cutting a stream.
 
 import asyncio
 import logging
+import re
 import time
 from pathlib import Path
 from typing import Final
@@ -22,6 +23,7 @@ from gpustack.gateway.front import PROBE_PATHS, is_endless, probe
 from gpustack.gateway.passing import Passing, without_private
 from gpustack.gateway.routes import RELAY as ROUTES
 from gpustack.gateway.routing import RELAY_REFUSED
+from gpustack.lib.decode import UNREADABLE
 from gpustack.lib.role import Boot, leave
 from gpustack.lib.secrets import same
 from gpustack.schemas import wire
@@ -32,6 +34,7 @@ logger = logging.getLogger(__name__)
 
 _PRIVATE: Final = wire.PRIVATE_PREFIX.encode()
 _INSTANCE: Final = wire.INSTANCE_HEADER.encode()
+_NUMBER: Final = re.compile(rb"[0-9]{1,18}")
 _MISS_EVERY_S: Final = 0.1  # strangers asking for made-up instances must not busy the disk
 
 
@@ -77,7 +80,7 @@ class Engines:
                 written_ns = path.stat().st_mtime_ns
             except FileNotFoundError:
                 continue  # it has just gone
-            except (OSError, msgspec.DecodeError, ValueError) as error:
+            except (OSError, *UNREADABLE) as error:
                 logger.warning("engine record %s is not readable: %s", path.name, error)
                 continue
             known = newest.get(record.instance_id)
@@ -110,7 +113,8 @@ class Relay:
         return Passing(self._pool, exchange, self._agent, headers, _agent_away)
 
     def _to_engine(self, exchange: Exchange, instance: bytes) -> Receiver:
-        engine = self._engines.find(int(instance)) if instance.isdigit() else None
+        known = _NUMBER.fullmatch(instance)
+        engine = self._engines.find(int(instance)) if known else None
         port, secret = engine or (0, "")
         scheme, _, shown = (exchange.header(b"authorization") or b"").partition(b" ")
         right = scheme.lower() == b"bearer" and same(shown.decode("latin-1").strip(), secret)

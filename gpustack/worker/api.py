@@ -45,6 +45,7 @@ LOGS = Route("GET", "/v2/logs/{instance_id}")
 #: Every way in: a test elsewhere goes through them.
 ROUTES = (HEALTH, LOGS)
 
+_COUNT = re.compile(r"[0-9]{1,18}")
 #: What a log is sent as. The engine's bytes go as they are.
 _TEXT = [(b"content-type", b"text/plain; charset=utf-8")]
 
@@ -116,7 +117,7 @@ class Api:
 
 def _count(asked: dict[str, list[str]], name: str) -> int | None:
     value = asked.get(name, [""])[-1]
-    if value and not value.isdigit():
+    if value and not _COUNT.fullmatch(value):
         raise BadRequest(f"{name}: want a whole number of lines, got {value!r}")
     return int(value) if value else None
 

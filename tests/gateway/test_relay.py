@@ -86,6 +86,7 @@ async def test_a_gateway_with_the_secret_reaches_the_engine(tmp_path: Path) -> N
         (to("../5", "s5"), 401),
         (to("-5", "s5"), 401),
         (to("5.0", "s5"), 401),
+        (to("5" * 5000, "s5"), 401),
     ],
 )
 async def test_without_the_secret_of_that_very_instance_nothing_goes_through(
@@ -123,6 +124,8 @@ async def test_an_instance_started_again_is_found_at_its_new_port(tmp_path: Path
 
 async def test_a_record_that_is_not_readable_hides_no_other(tmp_path: Path) -> None:
     (tmp_path / "broken.json").write_text("{")
+    (tmp_path / "letters.json").write_bytes(b'{"instance_id":1,"port":1,"secret_file":"\xff"}')
+    (tmp_path / "deep.json").write_bytes(b'{"x":' + b"[" * 3000)
     async with running() as engine, relay(tmp_path, 1) as port:
         write_record(tmp_path, 5, engine.port, "s5")
         assert (await ask(port, "POST", CHAT, to(5, "s5"), b"{}")).status == 200

@@ -105,7 +105,7 @@ async def test_what_there_is_not_and_what_makes_no_sense_is_said(
     write(tmp_path, "line\n")
     answer = await client.get("/v2/logs/7?previous=true")
     assert answer.json()["message"] == "instance 7 has no previous log on this worker"
-    for query in ("tail=many", "tail=-1", "follow=perhaps"):
+    for query in ("tail=many", "tail=-1", "tail=%C2%B2", "tail=" + "9" * 5000, "follow=perhaps"):
         answer = await client.get(f"/v2/logs/7?{query}")
         assert (answer.status_code, answer.json()["code"]) == (400, "bad_request")
     assert (await client.get("/v2/logs/../logs/7x")).status_code == 404
