@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, cast
 
 import httptools
 
-from gpustack.forward.exchange import IGNORED, Exchange, json_error
+from gpustack.errors import BadRequest
+from gpustack.forward import guard
+from gpustack.forward.exchange import IGNORED, Exchange, error_answer
 from gpustack.forward.http1 import Headers, HttpError, framing
 
 if TYPE_CHECKING:
@@ -106,17 +108,17 @@ class Connection(asyncio.Protocol):
         for exchange in queue:
             was_finished, exchange.finished = exchange.finished, True
             if exchange.receiver is not None and not was_finished:
-                exchange.receiver.client_left()
+                guard.tell(exchange, exchange.receiver.client_left)
 
     def pause_writing(self) -> None:
         self._client_is_slow = True
-        if self.queue and self.queue[0].receiver is not None:
-            self.queue[0].receiver.pause()
+        if self.queue and (receiver := self.queue[0].receiver) is not None:
+            guard.tell(self.queue[0], receiver.pause)
 
     def resume_writing(self) -> None:
         self._client_is_slow = False
-        if self.queue and self.queue[0].receiver is not None:
-            self.queue[0].receiver.resume()
+        if self.queue and (receiver := self.queue[0].receiver) is not None:
+            guard.tell(self.queue[0], receiver.resume)
         self._advance()
 
     # --- reading -------------------------------------------------------------------------
@@ -246,7 +248,7 @@ class Connection(asyncio.Protocol):
         if exchange.receiver is None:
             exchange.early.append(chunk)
         else:
-            exchange.receiver.body(chunk)
+            guard.tell(exchange, exchange.receiver.body, chunk)
 
     def on_message_complete(self) -> None:
         exchange, self.incoming = self.incoming, None
@@ -257,7 +259,7 @@ class Connection(asyncio.Protocol):
         self.resume_body()  # a paused connection would not show its client's leaving
         self.deadline = math.inf
         if exchange.receiver is not None and not exchange.finished:
-            exchange.receiver.body_end()
+            guard.tell(exchange, exchange.receiver.body_end)
 
     # --- answering -----------------------------------------------------------------------
 
@@ -267,7 +269,7 @@ class Connection(asyncio.Protocol):
         if expects is not None and expects.lower() != b"100-continue":
             exchange.respond(417)
             return
-        receiver = self.server.app(exchange)
+        receiver = guard.ask(self.server.app, exchange)
         if exchange.finished:
             return
         exchange.receiver = receiver
@@ -277,9 +279,9 @@ class Connection(asyncio.Protocol):
         early, exchange.early = exchange.early, []
         for chunk in early:
             if not exchange.finished:
-                receiver.body(chunk)
+                guard.tell(exchange, receiver.body, chunk)
         if exchange.complete and not exchange.finished:
-            receiver.body_end()
+            guard.tell(exchange, receiver.body_end)
 
     def answered(self) -> None:
         """The first exchange's answer is written."""
@@ -346,18 +348,18 @@ class Connection(asyncio.Protocol):
             return  # _advance sends it in its turn
         receiver, exchange.receiver = exchange.receiver, IGNORED
         if receiver is not None and not exchange.finished:
-            receiver.client_left()
+            guard.tell(exchange, receiver.client_left)
         started = exchange.status and not exchange.finished
         exchange.complete = exchange.finished = exchange.keep_alive = True
         if started:
             self.abort()
 
     def _send_refusal(self, error: HttpError) -> None:
-        body = json_error("bad_request", str(error))
+        headers, body = error_answer(BadRequest(str(error)))
         exchange = Exchange(self, method="GET", target=b"", headers=[], peer="", http10=False)
         exchange.keep_alive = False
         self.closing = True
-        exchange.respond(error.status, [(b"content-type", b"application/json")], body)
+        exchange.respond(error.status, headers, body)
         self._linger()
 
     # --- for exchanges and the server ------------------------------------------------------

@@ -2,12 +2,11 @@
 
 import asyncio
 from collections import deque
-from collections.abc import Sequence
 from typing import Any, Protocol
 
 import msgspec
 
-from gpustack.errors import TooLarge
+from gpustack.errors import GPUStackError, TooLarge, Unavailable
 from gpustack.forward.http1 import Headers, first, status_line
 
 
@@ -138,6 +137,14 @@ class Exchange:
     def respond_json(self, status: int, body: Any, headers: Headers | None = None) -> None:
         kind = (b"content-type", b"application/json")
         self.respond(status, [kind, *(headers or ())], msgspec.json.encode(body))
+
+    def respond_error(self, error: GPUStackError, headers: Headers | None = None) -> None:
+        """Answer with `error` in our own API's shape; a started answer is broken off instead."""
+        if self.status:
+            self.abort()
+            return
+        said, body = error_answer(error)
+        self.respond(error.status, [*said, *(headers or ())], body)
 
     def start(self, status: int, headers: Headers) -> None:
         """Begin the answer. The head leaves with the first write, or with `finish`.
@@ -297,6 +304,10 @@ class Inbox:
             await self._news.wait()
 
 
-def json_error(code: str, message: str, detail: Sequence[tuple[str, object]] = ()) -> bytes:
-    """The body of an error in our own API's shape."""
-    return msgspec.json.encode({"code": code, "message": message, "detail": dict(detail)})
+def error_answer(error: GPUStackError) -> tuple[Headers, bytes]:
+    """Headers and body of an error in our own API's shape."""
+    headers = [(b"content-type", b"application/json")]
+    if isinstance(error, Unavailable):
+        headers.append((b"retry-after", b"%d" % error.retry_after_s))
+    body = {"code": error.code, "message": str(error), "detail": error.detail}
+    return headers, msgspec.json.encode(body)

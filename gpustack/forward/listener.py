@@ -20,7 +20,8 @@ import math
 import socket
 from collections.abc import Awaitable, Callable
 
-from gpustack.errors import GPUStackError, Unavailable
+from gpustack.errors import GPUStackError
+from gpustack.forward import guard
 from gpustack.forward.connection import Connection, Limits
 from gpustack.forward.exchange import IGNORED, Exchange, Inbox, Receiver
 from gpustack.lib.platform import notice_dead_peer
@@ -108,7 +109,7 @@ class Server:
         if exchange is None or not exchange.endless or exchange.finished:
             return
         if exchange.receiver is not None:
-            exchange.receiver.end_now()
+            guard.tell(exchange, exchange.receiver.end_now)
 
     def close(self) -> None:
         """Break everything off."""
@@ -143,21 +144,9 @@ async def _answer(handle: Handle, exchange: Exchange) -> None:
         if not exchange.status:
             raise RuntimeError("the handler gave no answer")  # noqa: TRY301
     except GPUStackError as error:
-        respond_error(exchange, error)
+        exchange.respond_error(error)
     except Exception:
         logger.exception("%s %s failed", exchange.method, exchange.path)
-        respond_error(exchange, GPUStackError())
+        exchange.respond_error(GPUStackError())
     finally:
         exchange.finish()
-
-
-def respond_error(exchange: Exchange, error: GPUStackError) -> None:
-    """Answer with `error` in our own API's shape; a started answer is broken off instead."""
-    if exchange.status:
-        exchange.abort()
-        return
-    headers = []
-    if isinstance(error, Unavailable):
-        headers.append((b"retry-after", b"%d" % error.retry_after_s))
-    body = {"code": error.code, "message": str(error), "detail": error.detail}
-    exchange.respond_json(error.status, body, headers)

@@ -1,7 +1,6 @@
 """A gateway process: starts its parts, serves, and ends well."""
 
 import asyncio
-import gc
 
 from gpustack.config.load import from_json
 from gpustack.forward.listener import Server
@@ -9,12 +8,13 @@ from gpustack.forward.upstream import Pool
 from gpustack.gateway.counts import Counts
 from gpustack.gateway.delivery import Delivery
 from gpustack.gateway.front import Front
+from gpustack.gateway.life import end, tune_gc
 from gpustack.gateway.plane import Plane
 from gpustack.gateway.routes import GATEWAY as ROUTES
 from gpustack.gateway.routing import Routing
 from gpustack.gateway.spool import Spool
 from gpustack.gateway.watch import Disk, Watch
-from gpustack.lib.role import Boot, Leave, leave
+from gpustack.lib.role import Boot, leave
 
 __all__ = ["ROUTES", "serve"]
 
@@ -61,22 +61,3 @@ async def serve(boot: Boot) -> None:
             task.cancel()
         await delivery.close()
         pool.close()
-
-
-async def end(server: Server, reason: Leave) -> None:
-    """Drain `server`: patiently when a successor has the sockets, shortly when all stops."""
-    if reason is Leave.STOP:
-        await server.drain(idle_s=0.4, limit_s=30.0)
-    else:
-        await server.drain(idle_s=5.0, limit_s=600.0)
-
-
-def tune_gc() -> None:
-    """Keep the collector away from what lives as long as the process.
-
-    Requests leave no cycles behind, so it has little to find; a full collection would stop
-    every stream for the time it takes to walk the tables.
-    """
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(20_000, 20, 50)

@@ -3,22 +3,20 @@
 from typing import Final
 from urllib.parse import unquote
 
-import gpustack
 from gpustack.errors import GPUStackError, NotFound, Unavailable
 from gpustack.forward.exchange import IGNORED, Exchange, Receiver
-from gpustack.forward.listener import respond_error
 from gpustack.forward.upstream import Failure
 from gpustack.gateway.answers import MethodNotAllowed, ModelNotFound, refuse
 from gpustack.gateway.inference import Inference
-from gpustack.gateway.passing import Passing, without_private
+from gpustack.gateway.passing import Passing, is_endless, without_private
 from gpustack.gateway.plane import Plane, Stranger
-from gpustack.gateway.routes import MODELS, OPERATIONS, PREFIXES, PROBES, RERANK
+from gpustack.gateway.probes import PROBE_PATHS, probe
+from gpustack.gateway.routes import MODELS, OPERATIONS, PREFIXES, RERANK
 from gpustack.gateway.tables import Model
 from gpustack.schemas import wire
 
 _PRIVATE: Final = wire.PRIVATE_PREFIX.encode()
 _MODEL: Final = f"{MODELS}/"
-PROBE_PATHS: Final = frozenset(route.pattern for route in PROBES)
 
 
 class Front:
@@ -116,21 +114,5 @@ def _shown(model: Model) -> dict[str, object]:
     }
 
 
-def probe(exchange: Exchange, not_ready: str | None) -> None:
-    """Answer /healthz, /readyz or /version."""
-    text = [(b"content-type", b"text/plain; charset=utf-8")]
-    if exchange.path == "/version":
-        exchange.respond_json(200, {"version": gpustack.__version__})
-    elif exchange.path == "/readyz" and not_ready is not None:
-        exchange.respond(503, text, not_ready.encode())
-    else:
-        exchange.respond(200, text, b"ok")
-
-
-def is_endless(query: str) -> bool:
-    """Whether the answer goes on until somebody ends it: a watch, or a followed log."""
-    return any(part in ("watch=true", "follow=true") for part in query.lower().split("&"))
-
-
 def _server_away(exchange: Exchange, failure: Failure) -> None:
-    respond_error(exchange, Unavailable("The server is away; it should be back in a moment."))
+    exchange.respond_error(Unavailable("The server is away; it should be back in a moment."))

@@ -87,3 +87,8 @@ def without_private(headers: Headers, prefix: bytes) -> Headers:
         for pair in end_to_end(headers)
         if not pair[0].startswith(prefix) and pair[0] != b"expect"
     ]
+
+
+def is_endless(query: str) -> bool:
+    """Whether the answer goes on until somebody ends it: a watch, or a followed log."""
+    return any(part in ("watch=true", "follow=true") for part in query.lower().split("&"))

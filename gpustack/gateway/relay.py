@@ -16,13 +16,12 @@ import msgspec
 from gpustack.config.load import from_json
 from gpustack.errors import GPUStackError, Unauthorized, Unavailable
 from gpustack.forward.exchange import IGNORED, Exchange, Receiver
-from gpustack.forward.listener import Server, respond_error
+from gpustack.forward.listener import Server
 from gpustack.forward.upstream import Address, Failure, Pool
-from gpustack.gateway.app import end, tune_gc
-from gpustack.gateway.front import PROBE_PATHS, is_endless, probe
-from gpustack.gateway.passing import Passing, without_private
+from gpustack.gateway.life import end, tune_gc
+from gpustack.gateway.passing import Passing, is_endless, without_private
+from gpustack.gateway.probes import PROBE_PATHS, probe
 from gpustack.gateway.routes import RELAY as ROUTES
-from gpustack.gateway.routing import RELAY_REFUSED
 from gpustack.lib.decode import UNREADABLE
 from gpustack.lib.role import Boot, leave
 from gpustack.lib.secrets import same
@@ -34,6 +33,7 @@ logger = logging.getLogger(__name__)
 
 _PRIVATE: Final = wire.PRIVATE_PREFIX.encode()
 _INSTANCE: Final = wire.INSTANCE_HEADER.encode()
+_REFUSED: Final = wire.RELAY_REFUSED_HEADER.encode()
 _NUMBER: Final = re.compile(rb"[0-9]{1,18}")
 _MISS_EVERY_S: Final = 0.1  # strangers asking for made-up instances must not busy the disk
 
@@ -127,8 +127,7 @@ class Relay:
 
 def refuse(exchange: Exchange, error: GPUStackError) -> None:
     """Answer in the relay's own name: the gateway may try another instance."""
-    body = {"code": error.code, "message": str(error), "detail": error.detail}
-    exchange.respond_json(error.status, body, [(RELAY_REFUSED, b"1")])
+    exchange.respond_error(error, [(_REFUSED, b"1")])
 
 
 def _engine_away(exchange: Exchange, failure: Failure) -> None:
@@ -136,7 +135,7 @@ def _engine_away(exchange: Exchange, failure: Failure) -> None:
 
 
 def _agent_away(exchange: Exchange, failure: Failure) -> None:
-    respond_error(exchange, Unavailable("The agent is away; it should be back in a moment."))
+    exchange.respond_error(Unavailable("The agent is away; it should be back in a moment."))
 
 
 async def serve(boot: Boot) -> None:

@@ -144,6 +144,7 @@ async def test_a_dead_engine_is_the_relays_own_503(tmp_path: Path) -> None:
         reply = await ask(port, "POST", CHAT, to(5, "s5"), b"{}")
         assert reply.status == 503
         assert reply.headers["x-gpustack-relay-refused"] == "1"
+        assert reply.headers["retry-after"] == "1"
 
 
 async def test_a_stream_arrives_byte_for_byte_with_the_agent_dead(tmp_path: Path) -> None:
