@@ -2,11 +2,12 @@
 
 import importlib
 import sys
+from contextlib import suppress
 from typing import Any
 
 import click
 
-from gpustack.errors import GPUStackError
+from gpustack.cli.words import give_up, reason
 
 #: Exit status after Ctrl-C, as shells have it: 128 + SIGINT.
 INTERRUPTED = 130
@@ -26,7 +27,7 @@ COMMANDS = {
 
 
 class LazyGroup(click.Group):
-    """The commands of `COMMANDS`; every deliberate failure is one sentence and an exit status."""
+    """The commands of `COMMANDS`; every failure but a bug is one sentence and status 1."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
@@ -52,11 +53,16 @@ class LazyGroup(click.Group):
         except click.ClickException as error:
             error.show()
             return error.exit_code
-        except GPUStackError as error:
-            click.echo(f"Error: {error}", err=True)
-            return 1
         except click.Abort:
             return INTERRUPTED
+        except Exception as error:
+            if (words := reason(error)) is None:
+                raise
+            with suppress(OSError):
+                click.echo(f"Error: {words}", err=True)
+            give_up(sys.stdout)
+            give_up(sys.stderr)
+            return 1
         return result if isinstance(result, int) else 0
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from gpustack.cli.connection import Connection, connected
+from gpustack.cli.words import line, printable, typed
 from gpustack.errors import GPUStackError, Unavailable
 
 if TYPE_CHECKING:
@@ -37,27 +38,27 @@ def chat(server: Connection, model: str, prompt: str | None, **limits: Any) -> N
 def _converse(http: "httpx.Client", request: dict[str, Any]) -> None:
     said: list[Message] = []
     click.echo(HELP, err=True)
-    while (line := _line()) is not None:
-        if line == r"\q":
+    while (words := _typed_line()) is not None:
+        if words == r"\q":
             return
-        if line == r"\c":
+        if words == r"\c":
             said.clear()
-        elif line.startswith("\\"):
+        elif words.startswith("\\"):
             click.echo(HELP, err=True)
-        elif line:
-            asked: Message = {"role": "user", "content": line}
+        elif words:
+            asked: Message = {"role": "user", "content": words}
             try:
                 answer = _say(http, request, [*said, asked])
             except GPUStackError as error:
-                click.echo(f"Error: {error}", err=True)
+                click.echo(f"Error: {line(str(error))}", err=True)
             else:
                 said += [asked, {"role": "assistant", "content": answer}]
 
 
-def _line() -> str | None:
+def _typed_line() -> str | None:
     """The next line typed; None at the end of input."""
     try:
-        return input(">>> ").strip()
+        return str(typed(input(">>> "))).strip()
     except EOFError:
         click.echo(err=True)
         return None
@@ -67,7 +68,7 @@ def _say(http: "httpx.Client", request: dict[str, Any], messages: list[Message])
     """Print the answer to `messages` as it comes, and return it."""
     whole = []
     for piece in _pieces(http, {**request, "messages": messages}):
-        click.echo(piece, nl=False)
+        click.echo(printable(piece), nl=False)
         whole.append(piece)
     click.echo()
     return "".join(whole)
@@ -83,18 +84,28 @@ def _pieces(http: "httpx.Client", body: dict[str, Any]) -> Iterator[str]:
             if not answer.is_success:
                 content, wait = answer.read(), answer.headers.get("retry-after")
                 raise error_of(answer.status_code, content, wait)
-            for line in answer.iter_lines():
-                name, _, value = line.partition(":")
-                if name == "data" and value.strip() != "[DONE]":
-                    yield from _text(json.loads(value), value)
+            whole = False
+            for row in answer.iter_lines():
+                name, _, value = row.partition(":")
+                if name == "data":
+                    whole = value.strip() == "[DONE]"
+                    yield from () if whole else _text(value)
     except httpx.HTTPError as error:
         why = str(error) or type(error).__name__
         raise Unavailable(f"no answer from the server at {http.base_url}: {why}") from error
+    if not whole:
+        raise Unavailable("the answer broke off")
 
 
-def _text(event: dict[str, Any], raw: str) -> Iterator[str]:
+def _text(raw: str) -> Iterator[str]:
     from gpustack.client.failures import error_of
 
+    try:
+        event = json.loads(raw)
+    except ValueError:
+        raise Unavailable("the answer broke off") from None
+    if not isinstance(event, dict):
+        raise Unavailable("the server's answer is no event of a chat")
     if "error" in event:  # a stream that failed after it began
         raise error_of(500, raw.encode())
     for choice in event.get("choices", []):

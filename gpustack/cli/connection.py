@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 
 import click
 
+from gpustack.cli.words import typed
 from gpustack.errors import SettingsError
 from gpustack.lib.net import is_loopback
 from gpustack.lib.platform import default_data_dir
@@ -54,17 +55,28 @@ def connection(url: str | None, token: str | None, data_dir: Path | None) -> Con
     credential goes to this machine only.
 
     Raises:
-        SettingsError: the URL is none.
+        SettingsError: the URL is none, or the token cannot be one.
     """
     place = data_dir or default_data_dir()
     if url is None:
         url = f"http://127.0.0.1:{_port(place)}"
-    parts = urlsplit(url)
-    if parts.scheme not in {"http", "https"} or not parts.hostname:
-        raise SettingsError(f"--server-url: want a URL such as http://server:80, got {url!r}")
+    host = _host(url)
     if token:
+        if not all("!" <= character <= "~" for character in token):
+            raise SettingsError("--api-key: a key has neither spaces nor letters beyond ASCII")
         return Connection(url, Secret(token))
-    return Connection(url, _local_admin(place) if is_loopback(parts.hostname) else None)
+    return Connection(url, _local_admin(place) if is_loopback(host) else None)
+
+
+def _host(url: str) -> str:
+    try:
+        parts = urlsplit(url)
+        # The port raises when it is none.
+        if parts.scheme in {"http", "https"} and parts.hostname and parts.port != 0:
+            return parts.hostname
+    except ValueError:
+        pass
+    raise SettingsError(f"--server-url: want a URL such as http://server:80, got {url!a}")
 
 
 def _port(data_dir: Path) -> int:
@@ -108,6 +120,7 @@ def connected(command: Callable[..., Any]) -> Callable[..., Any]:
     def called(
         *args: Any, server_url: str | None, api_key: str | None, data_dir: Path | None, **more: Any
     ) -> Any:
-        return command(connection(server_url, api_key, data_dir), *args, **more)
+        server = connection(typed(server_url), typed(api_key), data_dir)
+        return command(server, *args, **{name: typed(given) for name, given in more.items()})
 
     return called

@@ -1,5 +1,6 @@
 """`gpustack instances`: list, logs."""
 
+import codecs
 import sys
 from contextlib import aclosing
 from typing import TYPE_CHECKING
@@ -8,6 +9,7 @@ import click
 
 from gpustack.cli.connection import Connection, connected
 from gpustack.cli.tables import as_json, show
+from gpustack.cli.words import printable
 from gpustack.errors import NotFound
 
 if TYPE_CHECKING:
@@ -52,6 +54,10 @@ def _why(instance: "Instance") -> str:
 def logs(server: Connection, instance: str, follow: bool, tail: int | None) -> None:
     """Print the log of INSTANCE's engine; INSTANCE is a name or an id."""
 
+    # A terminal would obey what an engine logged; files get every byte.
+    shown = sys.stdout is not None and sys.stdout.isatty()
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
     async def act(client: "Client") -> None:
         every = await client.instances()
         found = next((i for i in every if instance in (i.name, str(i.id))), None)
@@ -59,7 +65,6 @@ def logs(server: Connection, instance: str, follow: bool, tail: int | None) -> N
             raise NotFound(f"no instance is called {instance}")
         async with aclosing(client.logs(found.id, tail=tail, follow=follow)) as chunks:
             async for chunk in chunks:
-                sys.stdout.buffer.write(chunk)
-                sys.stdout.buffer.flush()
+                click.echo(printable(decoder.decode(chunk)) if shown else chunk, nl=False)
 
     server.run(act)

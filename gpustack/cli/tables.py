@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from gpustack.cli.words import line
+
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
@@ -27,11 +29,11 @@ def show(
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Rows as lines whose columns begin below each other."""
-    flat = [[" ".join(cell.split()) for cell in row] for row in rows]
+    """Rows as lines whose columns begin below each other, safe to print."""
+    flat = [[line(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*flat, strict=True)]
     lines = (
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
         for row in flat
     )
-    return "\n".join(line.rstrip() for line in lines)
+    return "\n".join(one.rstrip() for one in lines)
