@@ -12,21 +12,25 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 import openai
 
 from demo import tiny_gguf
 from gpustack.cli.connection import connection
-from gpustack.cli.models import source_fields
+from gpustack.cli.models import creation
 from gpustack.cli.waiting import until_running
+from gpustack.cli.words import give_up, line, printable, reason
 from gpustack.client import Client
-from gpustack.errors import Conflict, GPUStackError, NotFound
+from gpustack.errors import Conflict, NotFound
 from gpustack.lib.net import can_bind
 from gpustack.schemas.credentials import ApiKeyCreate
-from gpustack.schemas.models import Model, ModelCreate, Source
+from gpustack.schemas.models import Model, ModelCreate
 
 NAME = "demo"
 PROMPT = "Say hello to the world."
@@ -35,6 +39,10 @@ ENGINE_PORTS = 64
 #: Tried in this order; below the ports that the kernel hands out to whoever connects.
 FIRST_PORTS = range(18480, 32000, 100)
 START_LIMIT_S, STOP_LIMIT_S = 120, 60
+#: What ends the demo: Ctrl-C, `kill`, a closed terminal. The last not on Windows.
+ENDINGS = tuple(
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
+)
 
 
 class NodeFailed(Exception):
@@ -65,8 +73,19 @@ class Ports:
 
 
 def say(words: str = "", *, end: str = "\n") -> None:
-    sys.stdout.write(words + end)
-    sys.stdout.flush()
+    """Print, if somebody still reads: the node matters more than what is said about it."""
+    try:
+        sys.stdout.write(printable(words) + end)
+        sys.stdout.flush()
+    except OSError:
+        give_up(sys.stdout)
+
+
+def complain(words: str) -> None:
+    try:
+        sys.stderr.write(f"demo: {line(words)}\n")
+    except OSError:
+        give_up(sys.stderr)
 
 
 def free_ports() -> Ports:
@@ -115,20 +134,14 @@ async def until_ready(url: str, node: subprocess.Popen[bytes], folder: Path) -> 
             await asyncio.sleep(0.05)
 
 
-def creation(folder: Path, wanted: str) -> ModelCreate:
+def chosen(folder: Path, wanted: str) -> ModelCreate:
     """The model that MODEL names, or a tiny one of our own making."""
-    if not wanted:
-        path = tiny_gguf.write(folder / "tiny-random.gguf")
-        return ModelCreate(name=NAME, source=Source.LOCAL_PATH, local_path=str(path.absolute()))
-    fields = source_fields(wanted)
-    if path_text := fields.get("local_path"):
-        path = Path(path_text).expanduser().absolute()
-        if not path.exists():
-            raise NotFound(f"MODEL: there is no file {path}")
-        return ModelCreate(name=NAME, source=Source.LOCAL_PATH, local_path=str(path))
-    # Without a file: the only GGUF file of the repository.
-    fields.setdefault("huggingface_filename", "*.gguf")
-    return ModelCreate(name=NAME, source=Source.HUGGING_FACE, **fields)
+    made = creation(NAME, wanted or str(tiny_gguf.write(folder / "tiny-random.gguf")))
+    if made.local_path and not Path(made.local_path).exists():
+        raise NotFound(f"MODEL: there is no file {made.local_path}")
+    if made.huggingface_repo_id and not made.huggingface_filename:
+        made.huggingface_filename = "*.gguf"  # the only one of the repository
+    return made
 
 
 async def deploy(client: Client, made: ModelCreate) -> Model:
@@ -217,10 +230,11 @@ async def run(folder: Path, ports: Ports, node: subprocess.Popen[bytes], made: M
 
 def stop(node: subprocess.Popen[bytes]) -> None:
     """Return once the node is gone, its engines too."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not leave it half stopped
+    for number in ENDINGS:
+        signal.signal(number, signal.SIG_IGN)  # a second one must not leave it half stopped
     if node.poll() is None:
+        node.send_signal(signal.SIGTERM)  # first of all: whatever follows may fail
         say("stopping the node")
-        node.send_signal(signal.SIGTERM)
         try:
             node.wait(STOP_LIMIT_S)
         except subprocess.TimeoutExpired:
@@ -228,23 +242,50 @@ def stop(node: subprocess.Popen[bytes]) -> None:
             node.wait()
 
 
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """What would end us ends us afterwards: a node that was started must be known to `main`."""
+    came: list[int] = []
+
+    def remember(number: int, _frame: Any) -> None:
+        came.append(number)
+
+    before = {number: signal.signal(number, remember) for number in heard()}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if came:
+        raise KeyboardInterrupt
+
+
+def heard() -> list[signal.Signals]:
+    """The signals that end us; `nohup` and a shell's `&` have us ignore some."""
+    return [number for number in ENDINGS if signal.getsignal(number) is not signal.SIG_IGN]
+
+
 def main() -> int:
     folder = Path(os.environ.get("DEMO_DIR", ".demo")).absolute()
-    # `kill` and a closed terminal end it as Ctrl-C does: the node must not be left behind.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    if hasattr(signal, "SIGHUP"):
-        signal.signal(signal.SIGHUP, signal.default_int_handler)
+    for number in heard():
+        signal.signal(number, signal.default_int_handler)
     node: subprocess.Popen[bytes] | None = None
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        made = creation(folder, os.environ.get("MODEL", ""))
+        made = chosen(folder, os.environ.get("MODEL", ""))
         ports = free_ports()
-        node = start(folder, ports)
+        with undisturbed():
+            node = start(folder, ports)
         asyncio.run(run(folder, ports, node, made))
     except KeyboardInterrupt:
         say()
-    except (NodeFailed, GPUStackError, openai.OpenAIError) as error:
-        sys.stderr.write(f"demo: {error}\n")
+    except (NodeFailed, openai.OpenAIError) as error:
+        complain(str(error))
+        return 1
+    except Exception as error:
+        if (words := reason(error)) is None:
+            raise
+        complain(words)
         return 1
     finally:
         if node is not None:

@@ -7,6 +7,7 @@ import click
 
 from gpustack.cli.connection import Connection, connected
 from gpustack.cli.tables import as_json, show
+from gpustack.cli.words import line, typed
 from gpustack.errors import Invalid
 
 if TYPE_CHECKING:
@@ -69,37 +70,36 @@ def deploy(
 
     SOURCE is a path such as /models/m.gguf or a repository such as org/repo:*Q4_K_M.gguf.
     """
-    made = _creation(name, source, variables, spec)
+    made = creation(name, source, variables, **spec)
 
     async def act(client: "Client") -> None:
         model = await client.create_model(made)
-        click.echo(f"model {model.name} is deployed", err=True)
+        click.echo(f"model {line(model.name)} is deployed", err=True)
         if wait:
             from gpustack.cli.waiting import until_running
 
-            await until_running(client, model, lambda words: click.echo(words, err=True))
+            await until_running(client, model, lambda words: click.echo(line(words), err=True))
 
     server.run(act)
 
 
-def _creation(
-    name: str, source: str | None, variables: tuple[str, ...], spec: dict[str, Any]
+def creation(
+    name: str, source: str | None, variables: tuple[str, ...] = (), **spec: Any
 ) -> "ModelCreate":
     """The request that the command line means.
 
     Raises:
         Invalid: it contradicts itself, or lacks something.
+        ValidationError: a value is impossible.
     """
-    from pydantic import ValidationError
-
     from gpustack.schemas.models import ModelCreate
 
-    places = {k: spec.pop(k) for k in ("local_path", "huggingface_repo_id", "huggingface_filename")}
-    given = {key: value for key, value in places.items() if value is not None}
+    places = ("local_path", "huggingface_repo_id", "huggingface_filename")
+    given = {key: value for key in places if (value := spec.pop(key, None)) is not None}
     if source is not None and given:
         raise Invalid("give either SOURCE or --local-path or --huggingface-…, not both")
     if source is not None:
-        given = source_fields(source)
+        given = _source_fields(source)
     if given.keys() >= {"local_path", "huggingface_repo_id"}:
         raise Invalid("give either --local-path or --huggingface-repo-id, not both")
     if not given.keys() & {"local_path", "huggingface_repo_id"}:
@@ -108,23 +108,33 @@ def _creation(
     if wrong := next((item for item in variables if "=" not in item), None):
         raise Invalid(f"--env: want NAME=VALUE, got {wrong!r}")
     if "local_path" in given:
-        given["local_path"] = str(Path(given["local_path"]).expanduser().absolute())
+        given["local_path"] = _whole(given["local_path"])
     kind = "local_path" if "local_path" in given else "huggingface"
+    return ModelCreate(name=name, source=kind, env=env, **given, **spec)
+
+
+def _whole(path: str) -> str:
+    """`path` from the root, as text: the folder that we are in may be named in any bytes."""
     try:
-        return ModelCreate(name=name, source=kind, env=env, **given, **spec)
-    except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(map(str, first["loc"])) or "the model"
-        raise Invalid(f"{field}: {first['msg']}") from None
+        return str(typed(str(Path(path).expanduser().absolute())))
+    except RuntimeError:
+        raise Invalid(f"{path}: nobody here is called so") from None
 
 
-def source_fields(source: str) -> dict[str, str]:
+def _is_here(path: str) -> bool:
+    try:
+        return Path(path).exists()
+    except OSError:  # too long for a name
+        return False
+
+
+def _source_fields(source: str) -> dict[str, str]:
     """Which fields of a model's spec a SOURCE means.
 
     Paths begin with a slash, a dot or a tilde, or name a file that is here; the rest are
     repositories, with a file after a colon.
     """
-    if source.startswith(("/", ".", "~")) or Path(source).exists():
+    if source.startswith(("/", ".", "~")) or _is_here(source):
         return {"local_path": source}
     repo, colon, file = source.partition(":")
     if repo.count("/") != 1 or not all(repo.split("/")):
@@ -142,6 +152,6 @@ def delete(server: Connection, names: tuple[str, ...]) -> None:
         found = [await client.model_by_name(name) for name in names]  # all of them, or none
         for model in found:
             await client.delete_model(model.id)
-            click.echo(f"model {model.name} is being deleted", err=True)
+            click.echo(f"model {line(model.name)} is being deleted", err=True)
 
     server.run(act)

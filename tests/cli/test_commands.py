@@ -114,6 +114,13 @@ def test_a_broken_model_ends_waiting_with_the_engines_words(run: Run, tmp_path: 
         (["models", "deploy", "m", "/a.gguf", "--local-path", "/b.gguf"], "not both"),
         (["models", "deploy", "m", "one/two/three"], "want /a/path.gguf or org/repo[:file]"),
         (["models", "deploy", "bad name", "/a.gguf"], "name: "),
+        (["models", "deploy", "m", "a" * 300], "want /a/path.gguf or org/repo[:file]"),
+        (["models", "deploy", "m", "~nobody-at-all/a.gguf"], "nobody here is called so"),
+        (["api-keys", "create", ""], "name: "),
+        (["models", "list", "--api-key", "é"], "letters beyond ASCII"),
+        (["models", "list", "--server-url", "http://[::1"], "want a URL"),
+        (["models", "list", "--server-url", "http://a:99999"], "want a URL"),
+        (["models", "list", "--server-url", "http://é..com"], "Invalid"),
         (["models", "deploy", "m", "/a.gguf", "--env", "A"], "want NAME=VALUE"),
         (["api-keys", "create", "k", "--expires-in", "soon"], "want a duration"),
         (["models", "list", "--server-url", "nonsense"], "want a URL"),
@@ -151,6 +158,33 @@ def test_a_reader_that_goes_away_is_no_traceback(node: Node, deployed: Path) -> 
         timeout=30, check=True,
     )  # fmt: skip
     assert done.stderr == b""
+
+
+def test_an_output_that_takes_nothing_is_one_sentence(node: Node, deployed: Path) -> None:
+    for words in (["models", "list"], ["chat", "tiny", "hi", "--max-tokens", "3"]):
+        with Path("/dev/full").open("wb") as full:
+            done = subprocess.run(
+                [sys.executable, "-m", "gpustack", *words],
+                env=environment(node.data_dir), stdout=full, stderr=subprocess.PIPE, timeout=30,
+                check=False,
+            )  # fmt: skip
+        assert done.stderr == b"Error: No space left on device\n"
+        assert done.returncode == 1
+
+
+def test_words_beyond_ascii_work_in_a_locale_of_ascii(
+    run: Run, deployed: Path, tmp_path: Path
+) -> None:
+    ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0"}
+    assert run("chat", "tiny", "hé", "--max-tokens", "3", **ascii_only).stdout.strip()
+    talk = run("chat", "tiny", "--max-tokens", "3", stdin="hé\n", **ascii_only)
+    assert talk.stdout.strip(" >\n")
+    assert "Error" not in talk.stderr
+    path = tmp_path / "modèle.gguf"
+    path.write_bytes(deployed.read_bytes())
+    run("models", "deploy", "accented", str(path), "--wait", **ascii_only)
+    assert str(path) in run("models", "list", **ascii_only).stdout
+    run("models", "delete", "accented")
 
 
 def test_the_version_needs_no_node(tmp_path: Path) -> None:

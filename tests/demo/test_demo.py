@@ -1,6 +1,7 @@
 """`make demo`, without make."""
 
 import os
+import pty
 import re
 import signal
 import subprocess
@@ -9,12 +10,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
+
 from demo import tiny_gguf
 from gpustack.lib.platform import live_pids, process_environment
 
 
 @contextmanager
-def demo(folder: Path, **variables: str) -> Iterator[subprocess.Popen[str]]:
+def demo(folder: Path, /, **variables: str) -> Iterator[subprocess.Popen[str]]:
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("GPUSTACK_", "DEMO_"))}
     kept.pop("MODEL", None)
     with subprocess.Popen(
@@ -83,6 +86,73 @@ def test_a_model_that_is_not_there_is_said_before_anything_starts(tmp_path: Path
         out, err = process.communicate(timeout=60)
     assert process.returncode == 1
     assert "there is no file" in err
+    assert out == ""
+
+
+def test_a_demo_whose_reader_goes_away_still_stops_its_node(tmp_path: Path) -> None:
+    folder = tmp_path / "demo"
+    with demo(folder, DEMO_EXIT="1") as process:
+        assert process.stdout
+        assert process.stderr
+        assert process.stdout.readline().startswith("node ready")
+        process.stdout.close()  # as `| head -1` does
+        assert process.wait(60) == 0
+        assert process.stderr.read() == ""
+    assert not left_over(folder)
+
+
+def test_a_demo_whose_terminal_closes_stops_its_node(tmp_path: Path) -> None:
+    folder = tmp_path / "demo"
+    on_terminal = (
+        "import fcntl, runpy, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0)\n"
+        "runpy.run_module('demo', run_name='__main__')"
+    )
+    ours, theirs = pty.openpty()
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("GPUSTACK_", "DEMO_"))}
+    with subprocess.Popen(
+        [sys.executable, "-c", on_terminal], env=kept | {"DEMO_DIR": str(folder), "MODEL": ""},
+        stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True,
+    ) as process:  # fmt: skip
+        os.close(theirs)
+        seen = b""
+        while b"node ready" not in seen:
+            seen += os.read(ours, 1024)
+        os.close(ours)
+        assert process.wait(60) == 0
+    assert not left_over(folder)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_at_any_moment_of_the_start_leaves_no_node(
+    number: signal.Signals, tmp_path: Path
+) -> None:
+    folder = tmp_path / "demo"
+    with demo(folder) as process:
+        while not (folder / "node.log").exists():  # it is being started
+            assert process.poll() is None
+        process.send_signal(number)
+        assert process.wait(60) == 0, process.communicate()
+    assert not left_over(folder)
+
+
+@pytest.mark.parametrize(
+    ("variables", "sentence"),
+    [
+        ({"MODEL": "a" * 300}, "want /a/path.gguf or org/repo[:file]"),
+        ({"MODEL": "/" + "a" * 300}, "File name too long"),
+        ({"MODEL": "bad\x01org/repo/x"}, "want /a/path.gguf or org/repo[:file]"),
+        ({"DEMO_DIR": "/dev/null"}, "/dev/null: "),
+    ],
+)
+def test_what_goes_wrong_is_one_sentence(
+    variables: dict[str, str], sentence: str, tmp_path: Path
+) -> None:
+    with demo(tmp_path / "demo", **variables) as process:
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert err.startswith("demo: ")
+    assert sentence in err
+    assert len(err.splitlines()) == 1
     assert out == ""
 
 
