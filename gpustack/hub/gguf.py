@@ -1,7 +1,7 @@
 """The header of a GGUF file: what it says of its model, and how large its tensors are.
 
 Files come from anywhere, so every count and length is checked before it is believed: reading
-never takes more than 64 KiB at a time, and never more steps than the file has bytes for.
+never takes more than 64 KiB at a time, and any file at most some 2 s of a processor.
 
 Source of the layout: github.com/ggml-org/ggml/blob/master/docs/gguf.md.
 """
@@ -17,7 +17,10 @@ VERSIONS = (2, 3)
 MAX_TEXT_BYTES = 65_535  # keys; the values that are read are shorter still
 #: Far above any file in use: the largest vocabularies have 262,144 tokens, files some 100 facts
 #: and some 2,000 tensors.
-MAX_FACTS, MAX_TENSORS, MAX_TEXTS, MAX_DIMENSIONS = 10_000, 100_000, 4_000_000, 8
+MAX_FACTS, MAX_TENSORS, MAX_DIMENSIONS = 10_000, 100_000, 8
+#: Of the whole header: texts and kept numbers in all lists (the largest vocabularies have 262,144
+#: tokens and 514,906 merges; 2 million take 0.8 s), and its length.
+MAX_ELEMENTS, MAX_BYTES = 2_000_000, 64 << 20
 MAX_KEPT_NUMBERS = 4096
 #: No count in a model's architecture is larger, its context excepted.
 MAX_NUMBER, MAX_CONTEXT = 10**7, 10**9
@@ -84,6 +87,7 @@ class _Cursor:
     def __init__(self, file: BinaryIO, size: int) -> None:
         self._file = file
         self._size = size
+        self._elements = 0
         self.position = 0
 
     def take(self, count: int) -> bytes:
@@ -96,6 +100,20 @@ class _Cursor:
     def skip(self, count: int) -> None:
         self._advance(count)
         self._file.seek(count, 1)
+
+    def skip_texts(self, count: int) -> None:
+        read, seek, limit = self._file.read, self._file.seek, min(self._size, MAX_BYTES)
+        for _ in range(count):  # by the million: without calls of ours
+            content = read(8)
+            if len(content) < 8:
+                raise Short
+            length = int.from_bytes(content, "little")
+            self.position += 8 + length
+            if self.position > limit:
+                break
+            if length:
+                seek(length, 1)
+        self._advance(0)
 
     def number(self, code: str) -> int:
         value = self.any(code)
@@ -112,10 +130,18 @@ class _Cursor:
             raise Broken(f"its header has a text of {length} bytes where a name should be")
         return self.take(length).decode(errors="replace")
 
+    def spend(self, elements: int, what: str) -> None:
+        """Count elements of lists before they are read."""
+        self._elements += elements
+        if self._elements > MAX_ELEMENTS:
+            raise Broken(f"its header claims {self._elements} {what} in lists")
+
     def _advance(self, count: int) -> None:
         self.position += count
         if self.position > self._size:
             raise Short
+        if self.position > MAX_BYTES:
+            raise Broken(f"its header is longer than {MAX_BYTES} bytes")
 
 
 def read(file: BinaryIO, size: int) -> Header:
@@ -171,10 +197,8 @@ def _read_fact(cursor: _Cursor, facts: dict[str, Value], lengths: dict[str, int]
 def _read_list(cursor: _Cursor, element: int, length: int) -> list[int] | None:
     """Whole numbers, if they are few; everything else is passed over."""
     if element == TEXT:
-        if length > MAX_TEXTS:
-            raise Broken(f"its header claims a list of {length} texts")
-        for _ in range(length):
-            cursor.skip(cursor.number("Q"))
+        cursor.spend(length, "texts")
+        cursor.skip_texts(length)
         return None
     code = NUMBERS.get(element)
     if code is None:
@@ -182,6 +206,7 @@ def _read_list(cursor: _Cursor, element: int, length: int) -> list[int] | None:
     if code in "fd" or length > MAX_KEPT_NUMBERS:
         cursor.skip(length * struct.calcsize(f"<{code}"))
         return None
+    cursor.spend(length, "numbers")
     return [cursor.number(code) for _ in range(length)]
 
 

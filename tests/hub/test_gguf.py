@@ -5,6 +5,7 @@ import struct
 import time
 import tracemalloc
 
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -85,3 +86,40 @@ def test_heads_that_differ_by_layer_count_as_the_most() -> None:
     found = outcome(b"GGUF" + struct.pack("<IQQ", 3, 0, 2) + name + heads)
     assert isinstance(found, Profile)
     assert found.kv_heads == 8
+
+
+KEY = struct.pack("<Q1s", 1, b"k")
+
+
+@pytest.mark.parametrize(
+    ("head", "each", "count"),
+    [
+        (struct.pack("<IQQ", 3, 0, 8), struct.pack("<IIQ", 9, 8, 10**6) + bytes(8 * 10**6), 8),
+        (struct.pack("<IQQ", 3, 0, 9999), struct.pack("<IIQ", 9, 0, 4096) + bytes(4096), 9999),
+        (
+            struct.pack("<IQQ", 3, 100_000, 0),
+            struct.pack("<I8QIQ", 8, *[1] * 8, 0, 0),
+            100_000,
+        ),
+    ],
+    ids=["texts", "numbers", "tensors"],
+)
+def test_a_header_costs_at_most_two_seconds_of_a_processor(
+    head: bytes, each: bytes, count: int
+) -> None:
+    content = b"GGUF" + head + (KEY + each) * count
+    began = time.process_time()
+    outcome(content)
+    assert time.process_time() - began < 2
+
+
+def test_what_is_counted_is_the_whole_header_not_one_list() -> None:
+    texts = KEY + struct.pack("<IIQ", 9, 8, 10**6) + bytes(8 * 10**6)
+    found = outcome(b"GGUF" + struct.pack("<IQQ", 3, 0, 3) + texts * 3)
+    assert str(found) == "its header claims 3000000 texts in lists"
+    numbers = KEY + struct.pack("<IIQ", 9, 0, 4096) + bytes(4096)
+    found = outcome(b"GGUF" + struct.pack("<IQQ", 3, 0, 500) + numbers * 500)
+    assert str(found) == "its header claims 2002944 numbers in lists"
+    text = KEY + struct.pack("<IQ", 8, 60 << 20) + bytes(60 << 20)
+    found = outcome(b"GGUF" + struct.pack("<IQQ", 3, 0, 2) + text + text)
+    assert str(found) == "its header is longer than 67108864 bytes"

@@ -1,12 +1,16 @@
 """Profiles of local files, and of files that only the Hub has."""
 
+import asyncio
+import os
 import struct
+import threading
 from pathlib import Path
 
 import pytest
 
 from demo import tiny_gguf
-from gpustack.errors import NotFound
+from gpustack.errors import Invalid, NotFound, Unavailable
+from gpustack.hub import profiles
 from gpustack.hub.profiles import profile
 from gpustack.schemas.models import Source, VersionSpec
 from tests.support.fake_hub import FakeHub
@@ -39,6 +43,72 @@ async def test_a_cut_file_has_its_facts_and_a_problem(tmp_path: Path) -> None:
     found = await profile(local(path))
     assert found.layers == 2
     assert "is cut" in found.problem
+    assert found.weights_bytes == path.stat().st_size
+
+
+@pytest.mark.parametrize(("offset", "words"), [(0, "its header claims"), (2**50, "is cut")])
+async def test_tensors_that_a_file_cannot_hold_weigh_what_the_file_weighs(
+    offset: int, words: str, tmp_path: Path
+) -> None:
+    tensor = struct.pack("<Q1sIQIQ", 1, b"t", 1, 2**20, 0, offset)
+    content = b"GGUF" + struct.pack("<IQQ", 3, 4, 0) + tensor * 4 + bytes(2**22 + 64)
+    path = tmp_path / "m.gguf"
+    path.write_bytes(content)
+    found = await profile(local(path))
+    assert found.weights_bytes == len(content)
+    assert words in found.problem
+
+
+async def test_only_regular_files_are_read(tmp_path: Path) -> None:
+    pipe = tmp_path / "m.gguf"
+    os.mkfifo(pipe)
+    async with asyncio.timeout(5):
+        for path in (pipe, Path("/dev/zero"), Path("/dev/tty")):
+            for _ in range(20):
+                with pytest.raises(Invalid, match="neither a regular file nor a folder"):
+                    await profile(local(path))
+        (tmp_path / "a").write_bytes(b"12345")
+        (tmp_path / "dangling").symlink_to(tmp_path / "none")
+        assert (await profile(local(tmp_path))).weights_bytes == 5
+
+
+@pytest.mark.parametrize("name", ["x" * 300 + ".gguf", "m.gguf/x.gguf"])
+async def test_a_path_that_cannot_be_looked_for_has_a_problem(name: str, tmp_path: Path) -> None:
+    (tmp_path / "m.gguf").write_bytes(b"x")
+    found = await profile(local(tmp_path / name))
+    assert "cannot be read: " in found.problem
+
+
+async def test_a_name_with_a_zero_byte_is_not_found(tmp_path: Path) -> None:
+    with pytest.raises(NotFound, match=r"file not found: .*ab\.gguf"):
+        await profile(local(tmp_path / "a\0b.gguf"))
+
+
+async def test_a_disk_that_does_not_answer_is_given_up_and_holds_up_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = threading.Event()
+
+    def hang(path: Path, found: os.stat_result) -> None:
+        answers.wait(20)
+
+    path = tmp_path / "m.gguf"
+    path.write_bytes(b"x")
+    monkeypatch.setattr(profiles, "READ_S", 0.2)
+    monkeypatch.setattr(profiles, "_check", hang)
+    try:
+        for words in ["within 0.2 s"] * profiles.READERS + ["16 other files"]:
+            with pytest.raises(Unavailable, match=words):
+                await profile(local(path))
+        async with asyncio.timeout(1):
+            await asyncio.to_thread(path.stat)  # the program's other threads are free
+    finally:
+        answers.set()
+    async with asyncio.timeout(5):
+        while not profiles._readers.acquire(blocking=False):  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    profiles._readers.release()
+    assert "ends within" in (await profile(local(path))).problem
 
 
 @pytest.mark.parametrize(
