@@ -66,13 +66,13 @@ async def fetch(
     timeout_s: float = 10.0,
     limit: int = 1024 * 1024,
 ) -> Answer:
-    """The answer to a request.
+    """The answer to a request, which must be one that may be made twice.
 
     Raises:
         FetchFailed: there is none, it is larger than `limit`, or `timeout_s` is over.
     """
     whole = _Whole(limit)
-    call = pool.send(address, method, target, headers, whole, body=body)
+    call = pool.send(address, method, target, headers, whole, repeatable=True, body=body)
     try:
         async with asyncio.timeout(timeout_s):
             return await whole.answer
@@ -167,7 +167,7 @@ async def open_lines(
         FetchFailed: when opening or reading: lost, or silent for `silence_s`.
     """
     lines = Lines(silence_s)
-    lines.call = pool.send(address, "GET", target, headers, lines)
+    lines.call = pool.send(address, "GET", target, headers, lines, repeatable=True)
     try:
         await lines.opened()
         yield lines

@@ -1,13 +1,15 @@
 """Requests to other HTTP/1.1 servers over pooled connections, answers pushed to a sink.
 
-    call = pool.send(address, method, target, headers, sink, body=b"...")
+    call = pool.send(address, method, target, headers, sink, repeatable=True, body=b"...")
     call = pool.send(address, method, target, headers, sink, chunked=True)
     call.write(piece); call.finish()
     call.abort()                # at once, whatever has come
 
 The sink is called from the event loop: `head` once, `piece` any number of times, then `end` or
-`failed`; nothing follows `abort`. A pooled connection that turns out to be dead before any byte
-of an answer came is replaced by a fresh one without the sink's knowledge.
+`failed`; nothing follows `abort`. For a `repeatable` request a pooled connection that turns out
+to be dead before any byte of an answer came is replaced by a fresh one without the sink's
+knowledge: its server may have carried the request out all the same. Other requests are sent once,
+on a connection of their own.
 """
 
 import asyncio
@@ -244,6 +246,7 @@ class Pool:
         headers: Headers,
         sink: Sink,
         *,
+        repeatable: bool = False,
         body: bytes | None = b"",
         chunked: bool = False,
     ) -> Call:
@@ -251,6 +254,7 @@ class Pool:
 
         Args:
             headers: all but those that say how the body is framed.
+            repeatable: twice does no more than once.
             body: whole, or None: it follows through the call's `write` and `finish`.
             chunked: how a body that follows is framed; without, `headers` has its length.
         """
@@ -269,6 +273,11 @@ class Pool:
             if body:
                 call.put(body, keep=True)
         idle = self._idle.get(address)
+        if idle and not repeatable:
+            # Its server may close a kept connection just as the request leaves. One goes, as the
+            # new one will be kept in its stead.
+            idle.pop(0).drop()
+            idle = None
         while idle:
             connection = idle.pop()
             if connection.usable:

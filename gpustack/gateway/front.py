@@ -61,7 +61,14 @@ class Front:
         if plane.needs_no_login(exchange):
             headers.append((wire.LOCAL_HEADER.encode(), b"1"))
         exchange.endless = is_endless(exchange.query)
-        return Passing(plane.pool, exchange, plane.server, headers, _server_away)
+        return Passing(
+            plane.pool,
+            exchange,
+            plane.server,
+            headers,
+            _server_away,
+            patience_s=plane.server_patience_s,
+        )
 
 
 class Asking:
@@ -83,7 +90,10 @@ class Asking:
         return IGNORED
 
     async def _again(self) -> None:
-        await self._plane.identify_again(self._exchange)
+        await self._plane.again(self._begin_again)
+
+    def _begin_again(self) -> None:
+        self._plane.identify(self._exchange)
         self._answer()
 
     def _answer(self) -> None:
@@ -115,4 +125,7 @@ def _shown(model: Model) -> dict[str, object]:
 
 
 def _server_away(exchange: Exchange, failure: Failure) -> None:
-    exchange.respond_error(Unavailable("The server is away; it should be back in a moment."))
+    message = "The server is away; it should be back in a moment."
+    if failure is Failure.LOST:
+        message = "The server gave no answer: look whether it did what was asked, then try again."
+    exchange.respond_error(Unavailable(message))

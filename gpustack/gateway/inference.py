@@ -169,7 +169,7 @@ class Inference:
         self._plane.later(self._exchange, news)
 
     async def _identify_again(self) -> None:
-        self._credential = await self._plane.identify_again(self._exchange)
+        self._credential = await self._plane.again(lambda: self._plane.identify(self._exchange))
         self._waiting = False
         if self._exchange.finished:
             return
@@ -193,11 +193,12 @@ class Inference:
             self._send()
 
     async def _find_again(self) -> None:
-        await self._plane.watch.refresh()
-        self._waiting = False
+        try:
+            await self._plane.again(self._look_up)
+        finally:
+            self._waiting = False
         if self._exchange.finished:
             return
-        self._look_up()
         self._send()
         self._exchange.resume()
 
@@ -234,6 +235,7 @@ class Inference:
             self._engine_path(),
             self._engine_headers(target),
             self,
+            repeatable=True,  # a completion leaves nothing behind but its usage
             body=None if self._streamed else asked.body,
             chunked=self._exchange.header(b"content-length") is None,
         )

@@ -2,22 +2,25 @@
 
 import asyncio
 import logging
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from gpustack.errors import GPUStackError, Unauthorized, Unavailable
 from gpustack.forward.exchange import Exchange
 from gpustack.forward.upstream import Address, Pool
 from gpustack.gateway import credentials
 from gpustack.gateway.address import is_local
-from gpustack.gateway.answers import refuse
+from gpustack.gateway.answers import ModelNotFound, refuse
+from gpustack.gateway.passing import PATIENCE_S
 from gpustack.gateway.routing import Routing
 from gpustack.gateway.spool import Record
 from gpustack.gateway.tables import Credential, Tables
 from gpustack.gateway.watch import Watch
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 class Ledger(Protocol):
@@ -36,6 +39,7 @@ class Plane:
         server: where everything goes that is not the gateway's own.
         credential: with which the server knows this gateway.
         force_auth_localhost: loopback needs credentials as well.
+        server_patience_s: for the head of an answer to what is passed on.
     """
 
     group: asyncio.TaskGroup
@@ -46,6 +50,7 @@ class Plane:
     server: Address
     credential: str
     force_auth_localhost: bool
+    server_patience_s: float = PATIENCE_S
 
     def now(self) -> float:
         """The event loop's clock."""
@@ -93,19 +98,20 @@ class Plane:
         )
         return known
 
-    async def identify_again(self, exchange: Exchange) -> Credential | None:
-        """`identify`, after asking the server for news.
+    async def again(self, look_up: Callable[[], T]) -> T:
+        """What `look_up` finds after asking the server for news.
 
         Raises:
-            Unavailable: the server is away, so an unknown credential proves nothing.
+            Unavailable: it finds nothing, which proves nothing while the server is away.
         """
         fresh = await self.watch.refresh()
         try:
-            return self.identify(exchange)
-        except Stranger:
+            return look_up()
+        except (Stranger, ModelNotFound):
             if fresh:
                 raise
-            raise Unavailable("The server is away: new credentials cannot be checked.") from None
+            message = "The server is away: what is new since then cannot be known."
+            raise Unavailable(message) from None
 
 
 async def _guarded(exchange: Exchange, news: Coroutine[Any, Any, None]) -> None:

@@ -121,8 +121,15 @@ class Relay:
         if engine is None or not right:
             # One answer for both: strangers need not learn which instances run here.
             raise Unauthorized("No engine here has this instance and secret.")
-        headers = without_private(exchange.headers, _PRIVATE)
-        return Passing(self._pool, exchange, ("127.0.0.1", port), headers, _engine_away)
+        return Passing(
+            self._pool,
+            exchange,
+            ("127.0.0.1", port),
+            without_private(exchange.headers, _PRIVATE),
+            _engine_away,
+            repeatable=True,  # as the gateway has it
+            patience_s=None,
+        )
 
 
 def refuse(exchange: Exchange, error: GPUStackError) -> None:

@@ -82,7 +82,7 @@ def saying(parts: Iterable[bytes], *, close: bool = False, reset: bool = False):
 
 async def ask(pool: Pool, engine: Engine, method: str = "GET", body: bytes = b"") -> Recorder:
     sink = Recorder()
-    pool.send(("127.0.0.1", engine.port), method, b"/", HOST, sink, body=body)
+    pool.send(("127.0.0.1", engine.port), method, b"/", HOST, sink, repeatable=True, body=body)
     async with asyncio.timeout(5):
         await sink.over.wait()
     return sink
@@ -209,6 +209,16 @@ async def test_a_pooled_connection_that_died_is_replaced_unseen(size: int) -> No
         sink = await ask(pool, engine, "POST", b"y" * size)
         assert sink.heads[0][0] == 200
         assert engine.seen[-1].body == b"y" * size
+        assert engine.connections == 2
+
+
+async def test_what_must_not_be_done_twice_gets_a_connection_of_its_own() -> None:
+    async with running() as engine, pooled() as pool:
+        await ask(pool, engine)
+        sink = Recorder()
+        pool.send(("127.0.0.1", engine.port), "POST", b"/", HOST, sink, body=b"x")
+        await sink.over.wait()
+        assert sink.heads[0][0] == 200
         assert engine.connections == 2
 
 

@@ -182,8 +182,11 @@ async def test_with_the_server_away_known_keys_work_and_unknown_ones_get_503(
             started = time.monotonic()
             reply = await gate.chat(headers={"Authorization": "Bearer unknown"})
             assert (reply.status, code(reply.body)) == (503, "unavailable")
-            assert (await gate.chat({"model": "unknown"})).status == 404
-            assert time.monotonic() - started < 2
+            reply = await gate.chat({"model": "unknown"})
+            assert (reply.status, code(reply.body)) == (503, "unavailable")
+            assert (await ask(gate.port, "GET", "/v1/models/unknown", AUTH)).status == 503
+            assert (await ask(gate.port, "GET", "/v1/models/m", AUTH)).status == 200
+            assert time.monotonic() - started < 3
 
 
 async def test_strangers_share_their_questions_to_the_server(tmp_path: Path) -> None:
@@ -242,6 +245,90 @@ async def test_with_the_server_away_its_routes_are_a_503(tmp_path: Path) -> None
             reply = await ask(gate.port, "GET", "/v2/models")
             assert reply.status == 503
             assert json.loads(reply.body)["code"] == "unavailable"
+
+
+async def test_a_server_that_hangs_is_a_503(tmp_path: Path) -> None:
+    async def hang(seen: Seen, wire: Wire) -> None:
+        await asyncio.Event().wait()
+
+    async with running(hang) as server:
+        async with gateway(tmp_path, server.port, ready=False, server_patience_s=0.3) as gate:
+            for method, body in (("GET", b""), ("POST", b"{}")):
+                started = time.monotonic()
+                reply = await ask(gate.port, method, "/v2/models", {}, body)
+                assert (reply.status, json.loads(reply.body)["code"]) == (503, "unavailable")
+                assert 0.3 <= time.monotonic() - started < 3
+                assert reply.headers["retry-after"] == "1"
+
+
+async def test_a_server_that_takes_no_more_of_a_body_is_a_503(tmp_path: Path) -> None:
+    async def deaf(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await gone.wait()
+        writer.close()
+
+    gone = asyncio.Event()
+    listening = await asyncio.start_server(deaf, "127.0.0.1", 0, limit=1000)
+    port = listening.sockets[0].getsockname()[1]
+    async with gateway(tmp_path, port, ready=False, server_patience_s=0.3) as gate:
+        client = await Client.to(gate.port)
+        client.ask("POST", "/v2/models", {}, b"x" * 30_000_000)
+        assert (await client.reply()).status == 503
+    gone.set()
+    listening.close()
+
+
+async def test_a_slow_client_and_a_long_answer_wear_out_nobodys_patience(tmp_path: Path) -> None:
+    async def answer(seen: Seen, wire: Wire) -> None:
+        await wire.stream_head()
+        await asyncio.sleep(0.6)
+        await wire.chunk(b"late")
+        await wire.end()
+
+    async with running(answer) as server:
+        async with gateway(tmp_path, server.port, ready=False, server_patience_s=0.2) as gate:
+            client = await Client.to(gate.port)
+            client.send(b"POST /v2/x HTTP/1.1\r\nHost: a\r\nContent-Length: 2\r\n\r\na")
+            await asyncio.sleep(0.6)
+            client.send(b"b")
+            reply = await client.reply()
+            assert (reply.status, reply.body) == (200, b"late")
+
+
+@pytest.mark.parametrize("method", ["POST", "PATCH", "GET", "PUT", "DELETE"])
+async def test_what_changes_something_is_never_sent_twice(tmp_path: Path, method: str) -> None:
+    died: list[str] = []
+
+    async def die_once(seen: Seen, wire: Wire) -> None:
+        if seen.target == "/v2/dies" and not died:
+            died.append(seen.method)
+            wire.die()
+        else:
+            await wire.json({})
+
+    async with running(die_once) as server:
+        async with gateway(tmp_path, server.port, ready=False) as gate:
+            assert (await ask(gate.port, "GET", "/v2/warm")).status == 200
+            reply = await ask(gate.port, method, "/v2/dies", {}, b"{}")
+            seen = [one for one in server.seen if one.target == "/v2/dies"]
+            if method in ("POST", "PATCH"):
+                assert (reply.status, len(seen)) == (503, 1)
+                assert "look whether it did" in json.loads(reply.body)["message"]
+            else:
+                assert (reply.status, len(seen)) == (200, 2)
+
+
+async def test_a_kept_connection_closed_just_now_costs_no_change_its_success(
+    tmp_path: Path,
+) -> None:
+    async def close_after(seen: Seen, wire: Wire) -> None:
+        await wire.json({})
+        wire.writer.close()
+
+    async with running(close_after) as server:
+        async with gateway(tmp_path, server.port, ready=False) as gate:
+            for _ in range(20):
+                assert (await ask(gate.port, "GET", "/v2/warm")).status == 200
+                assert (await ask(gate.port, "POST", "/v2/x", {}, b"{}")).status == 200
 
 
 async def test_hop_by_hop_headers_stay_on_their_hop(tmp_path: Path) -> None:

@@ -57,6 +57,7 @@ async def gateway(
     force_auth: bool = True,
     ready: bool = True,
     from_disk: bool = False,
+    server_patience_s: float = 10.0,
 ) -> AsyncIterator[Gateway]:
     """A gateway with local worker 1. `ready`: wait until it has the server's tables."""
     write_private(data_dir / "worker_credential", '{"worker_id": 1, "credential": "x"}')
@@ -83,6 +84,7 @@ async def gateway(
             server=address,
             credential="gateway-secret",
             force_auth_localhost=force_auth,
+            server_patience_s=server_patience_s,
         )
         lasting = [watch.follow(), watch.answer_refreshes(), disk.keep(watch, every_s=0.01)]
         tasks = [group.create_task(each) for each in lasting]
