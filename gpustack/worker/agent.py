@@ -10,6 +10,7 @@ from gpustack.config.options import Settings
 from gpustack.lib import role
 from gpustack.lib.locks import take_over
 from gpustack.worker.api import Api
+from gpustack.worker.attempts import Memory
 from gpustack.worker.control import Control
 from gpustack.worker.desired import Desired
 from gpustack.worker.enrolment import Enrolment, registration
@@ -92,6 +93,8 @@ def _control(
     """The owner of this worker's engines, which has taken over those that an earlier agent left."""
     desired = Desired(settings.data_dir / "desired.json")
     desired.load()
+    memory = Memory(settings.data_dir / "attempts.json")
+    memory.load()
     records = Records(settings.data_dir)
     leases = PortLeases(settings.service_port_range)
     files = ModelFiles(
@@ -104,6 +107,7 @@ def _control(
     control = Control(
         group,
         desired=desired,
+        memory=memory,
         records=records,
         launches=launches,
         leases=leases,

@@ -9,6 +9,7 @@ from typing import Any
 from gpustack.lib.logs import log_context
 from gpustack.schemas.instances import AssignedInstance, InstanceState, InstanceStatus
 from gpustack.schemas.watch import WatchEvent
+from gpustack.worker.attempts import Memory
 from gpustack.worker.desired import Desired
 from gpustack.worker.launches import Launches
 from gpustack.worker.ports import PortLeases
@@ -44,6 +45,7 @@ class Control:
         group: asyncio.TaskGroup,
         *,
         desired: Desired,
+        memory: Memory,
         records: Records,
         launches: Launches,
         leases: PortLeases,
@@ -52,13 +54,13 @@ class Control:
     ) -> None:
         self._group = group
         self._desired = desired
+        self._memory = memory
         self._records = records
         self._launches = launches
         self._leases = leases
         self._policy = policy
         self._limits = limits
         self._engines: dict[int, Engine] = {}
-        self._attempts: dict[int, Attempts] = {}
         self._stopped: set[int] = set()
         self._ports: dict[int, int] = {}
         self._owners: set[asyncio.Task[None]] = set()
@@ -89,7 +91,7 @@ class Control:
             self._own(record.instance_id, record.generation, engine, partial(engine.adopt, record))
         for record in found.dead:
             logger.info("the engine of %s ended while no agent ran", record.instance_name)
-            self._attempts.setdefault(record.instance_id, _ended_unseen(record))
+            self._memory.put(record.instance_id, _ended_unseen(record))
         for group in found.strays:
             logger.warning("ending process group %d: an engine without a record", group)
             ending = self._group.create_task(end_group(group, limit_s=self._limits.stop_s))
@@ -101,6 +103,7 @@ class Control:
         while True:
             self._changed.clear()
             self._desired.save()
+            self._memory.save()
             again_at = self._act()
             try:
                 async with asyncio.timeout_at(again_at):
@@ -136,7 +139,7 @@ class Control:
                 desired=self._desired.instances,
                 synced=self._desired.synced,
                 engines={id: engine.observed for id, engine in self._engines.items()},
-                attempts=self._attempts,
+                attempts=self._memory.attempts,
                 stopped=self._stopped,
                 now=self._now(),
             )
@@ -154,6 +157,7 @@ class Control:
     def _start(self, instance: AssignedInstance, restart_count: int) -> None:
         engine = self._engine(instance.id)
         self._stopped.discard(instance.id)
+        self._memory.started(instance.id, restart_count)
 
         async def prepare(progress: Callable[[float], None]) -> Plan | Failure:
             plan = await self._launches.plan(instance, restart_count, progress)
@@ -206,18 +210,19 @@ class Control:
             self.wake()
 
     def _failed(self, instance_id: int, generation: int, engine: Engine, failure: Failure) -> None:
-        self._attempts[instance_id] = after_failure(
-            self._attempts.get(instance_id),
+        attempts = after_failure(
+            self._memory.attempts.get(instance_id),
             failure,
             generation=generation,
             restart_count=engine.observed.restart_count,
             now=self._now(),
             policy=self._policy,
         )
+        self._memory.put(instance_id, attempts)
 
     def _forget(self, instance_id: int) -> None:
         """The server knows that it is gone."""
-        self._attempts.pop(instance_id, None)
+        self._memory.forget(instance_id)
         self._stopped.discard(instance_id)
         if instance_id not in self._desired.instances:
             self.reports.forget(instance_id)
