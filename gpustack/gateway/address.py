@@ -3,8 +3,8 @@
 from typing import Final
 
 from gpustack.forward.http1 import Headers
-from gpustack.lib.net import is_loopback, split_host
-from gpustack.lib.origin import authority
+from gpustack.lib.net import host_of, is_loopback
+from gpustack.lib.origin import is_foreign
 
 #: Headers with which proxies and CDNs say that the socket's peer is not the client. Any of them
 #: means that somebody stands between, so a loopback peer proves nothing.
@@ -30,26 +30,30 @@ FORWARDING: Final = frozenset(
 )
 
 
-def is_local(peer: str, headers: Headers) -> bool:
+#: What is looked at; twice the same of these says nothing that could be relied on.
+_ONCE: Final = frozenset({b"host", b"origin", b"sec-fetch-site"})
+
+
+def is_local(peer: str, headers: Headers, *, http10: bool) -> bool:
     """Whether a request surely comes from this machine and from no foreign web page.
 
     The socket's peer is loopback; Host is a loopback name or address (a foreign name that
-    resolves here is DNS rebinding); nothing says that a proxy passed it on; and Origin, where
-    there is one, is the very host that was asked.
+    resolves here is DNS rebinding); nothing says that a proxy passed it on, and no HTTP/1.0, which
+    proxies speak that were told of no header; and no browser says that the page is another's.
     """
-    if not is_loopback(peer):
+    if http10 or not is_loopback(peer):
         return False
-    host: bytes | None = None
-    origin: bytes | None = None
+    said: dict[bytes, str] = {}
     for name, value in headers:
         if name in FORWARDING or name.startswith(b"x-forwarded"):
             return False
-        if name == b"host":
-            host = value
-        elif name == b"origin":
-            if origin is not None:
+        if name in _ONCE:
+            if name in said:
                 return False
-            origin = value
-    if host is None or not is_loopback(split_host(host.decode("latin-1"))):
+            said[name] = value.decode("latin-1")
+    host = said.get(b"host")
+    if host is None or not is_loopback(host_of(host) or ""):
         return False
-    return origin is None or authority(origin.decode("latin-1")) == host.decode("latin-1").lower()
+    return not is_foreign(
+        origin=said.get(b"origin"), host=host, fetch_site=said.get(b"sec-fetch-site")
+    )

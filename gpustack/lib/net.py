@@ -1,8 +1,14 @@
 """Addresses and ports of this machine."""
 
 import ipaddress
+import re
 import socket
+from typing import Final
 from urllib.parse import urlsplit
+
+_AUTHORITY: Final = re.compile(
+    r"(?:(?P<name>[A-Za-z0-9._-]+)|\[(?P<v6>[0-9A-Fa-f:.]*:[0-9A-Fa-f:.]*)\])(?::[0-9]{1,5})?"
+)
 
 
 def is_loopback(host: str) -> bool:
@@ -18,11 +24,10 @@ def is_loopback(host: str) -> bool:
     return (mapped or address).is_loopback
 
 
-def split_host(authority: str) -> str:
-    """The host of "host", "host:port" or "[v6]:port"; brackets removed."""
-    if authority.startswith("["):
-        return authority[1:].partition("]")[0]
-    return authority.rpartition(":")[0] if authority.count(":") == 1 else authority
+def host_of(authority: str) -> str | None:
+    """The host of "host", "host:port", "[v6]" or "[v6]:port", without brackets; None: not one."""
+    found = _AUTHORITY.fullmatch(authority)
+    return (found["name"] or found["v6"]) if found else None
 
 
 def url_host(host: str) -> str:

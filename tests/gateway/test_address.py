@@ -2,9 +2,15 @@
 
 import pytest
 
-from gpustack.gateway.address import FORWARDING, is_local
+from gpustack.forward.http1 import Headers
+from gpustack.gateway import address
+from gpustack.gateway.address import FORWARDING
 
 HERE = [(b"host", b"127.0.0.1:8080")]
+
+
+def is_local(peer: str, headers: Headers) -> bool:
+    return address.is_local(peer, headers, http10=False)
 
 
 @pytest.mark.parametrize("peer", ["127.0.0.1", "127.8.9.1", "::1", "::ffff:127.0.0.1"])
@@ -23,7 +29,9 @@ def test_a_peer_elsewhere_needs_a_login(peer: str) -> None:
 @pytest.mark.parametrize(
     "host",
     [b"evil.example", b"127.0.0.1.evil.example", b"localhost.evil.example", b"10.0.0.1", b"",
-     b"evil.example:127", b"[::2]", b"0.0.0.0"],
+     b"evil.example:127", b"[::2]", b"0.0.0.0", b"localhost:80@evil.example",
+     b"127.0.0.1%evil.example", b"[127.0.0.1]evil.example", b"[::1]x", b"[::1].evil.example",
+     b"::1", b"localhost:", b"localhost:x", b"user@localhost", b"localhost, evil.example"],
 )  # fmt: skip
 def test_a_foreign_host_is_dns_rebinding(host: bytes) -> None:
     assert not is_local("127.0.0.1", [(b"host", host)])
@@ -62,3 +70,22 @@ def test_a_page_of_another_origin_needs_a_login(origin: bytes, local: bool) -> N
 def test_two_origins_are_none() -> None:
     mine = (b"origin", b"http://127.0.0.1:8080")
     assert not is_local("127.0.0.1", [*HERE, mine, mine])
+
+
+@pytest.mark.parametrize(
+    ("site", "local"),
+    [(b"same-origin", True), (b"none", True), (b"cross-site", False), (b"same-site", False),
+     (b"", False)],
+)  # fmt: skip
+def test_an_image_or_script_on_another_sites_page_needs_a_login(site: bytes, local: bool) -> None:
+    assert is_local("127.0.0.1", [*HERE, (b"sec-fetch-site", site)]) is local
+
+
+def test_two_words_on_the_site_are_none() -> None:
+    mine = (b"sec-fetch-site", b"none")
+    assert not is_local("127.0.0.1", [*HERE, mine, (b"sec-fetch-site", b"cross-site")])
+    assert not is_local("127.0.0.1", [*HERE, mine, mine])
+
+
+def test_http_1_0_is_a_proxy_that_does_not_say_so() -> None:
+    assert not address.is_local("127.0.0.1", HERE, http10=True)

@@ -12,7 +12,7 @@ import pytest
 from gpustack.gateway.routes import GATEWAY
 from tests.support.data_plane import AUTH, KEY, fill, gateway
 from tests.support.openai_engine import Seen, Wire, running
-from tests.support.raw_http import Client, ask
+from tests.support.raw_http import Client, ask, raw
 from tests.support.wait import eventually
 from tests.support.watch_server import credential, watch_server
 
@@ -116,8 +116,15 @@ async def test_loopback_needs_no_login_unless_told_so(tmp_path: Path) -> None:
         fill(server, engine)
         async with gateway(tmp_path / "a", server.port, force_auth=False) as gate:
             assert (await ask(gate.port, "POST", CHAT, {}, BODY)).status == 200
-            for more in ({"Host": "evil.example"}, {"Via": "x"}, {"Origin": "http://evil.example"}):
+            for more in (
+                {"Host": "evil.example"},
+                {"Via": "x"},
+                {"Origin": "http://evil.example"},
+                {"Sec-Fetch-Site": "cross-site"},
+            ):
                 assert (await ask(gate.port, "POST", CHAT, more, BODY)).status == 401
+            old = b"GET /v1/models HTTP/1.0\r\nHost: 127.0.0.1\r\n\r\n"
+            assert (await raw(gate.port, old)).startswith(b"HTTP/1.1 401")
             wrong = {"Authorization": "Bearer wrong"}
             assert (await ask(gate.port, "POST", CHAT, wrong, BODY)).status == 401
         async with gateway(tmp_path / "b", server.port, force_auth=True) as gate:

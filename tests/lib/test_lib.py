@@ -13,7 +13,7 @@ from gpustack.lib import platform, units
 from gpustack.lib.backoff import delay_s
 from gpustack.lib.locks import take_over
 from gpustack.lib.logs import ContextFilter, log_context
-from gpustack.lib.net import can_bind, is_loopback, split_host
+from gpustack.lib.net import can_bind, host_of, is_loopback
 from gpustack.lib.secrets import Secret, digest, same
 from tests.support.wait import soon
 
@@ -46,8 +46,17 @@ def test_nothing_else_passes_for_loopback(host: str) -> None:
 
 
 def test_the_host_of_an_authority_is_found() -> None:
-    hosts = ["a", "a:80", "[::1]:80", "[::1]", "::1"]
-    assert [split_host(host) for host in hosts] == ["a", "a", "::1", "::1", "::1"]
+    hosts = ["a", "a:80", "[::1]:80", "[::1]"]
+    assert [host_of(host) for host in hosts] == ["a", "a", "::1", "::1"]
+
+
+@pytest.mark.parametrize(
+    "authority",
+    ["", ":80", "::1", "a:", "a:b", "a:80@evil", "a@b", "127.0.0.1%evil", "[127.0.0.1]evil",
+     "[127.0.0.1]", "[::1]x", "[::1]:", "[::1", "::1]", "[::1%lo]", "a b", "a:80\n", "a/b"],
+)  # fmt: skip
+def test_what_is_no_authority_has_no_host(authority: str) -> None:
+    assert host_of(authority) is None
 
 
 def test_a_taken_port_cannot_be_bound() -> None:
