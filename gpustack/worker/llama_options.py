@@ -186,18 +186,15 @@ OPTIONS: tuple[tuple[str, str, Kind], ...] = (
 )  # fmt: skip
 
 
-#: Those that are no attribute of their own: `build` declares them.
-OTHERS = (
-    "--model --alias --api-key-file --tensor-split --rope-scale --timeout --fit --reasoning "
-    "--mmap --no-mmap --mlock --lora --lora-scaled"
-).split()
-
-
 class Refused(Exception):
     """The options cannot be used; the message says which and why."""
 
 
 class _Parser(argparse.ArgumentParser):
+    def spellings(self) -> list[str]:
+        """Every name of every option."""
+        return [name for action in self._actions for name in action.option_strings]
+
     def error(self, message: str) -> NoReturn:
         raise Refused(message)
 
@@ -208,7 +205,7 @@ def _metavar(kind: Kind) -> str:
     return "TEXT" if kind is str else "X" if kind is float else "N"
 
 
-def build() -> argparse.ArgumentParser:
+def build() -> _Parser:
     parser = _Parser(
         prog="gpustack.worker.llama_server", allow_abbrev=False, argument_default=argparse.SUPPRESS
     )
@@ -252,8 +249,7 @@ def parsed(argv: Sequence[str]) -> dict[str, Any]:
         name = name.partition("=")[0]
         import difflib  # only here: 4 ms
 
-        known = [word for spellings, _, _ in OPTIONS for word in spellings.split()] + OTHERS
-        near = difflib.get_close_matches(name, known, n=1)
+        near = difflib.get_close_matches(name, parser.spellings(), n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise Refused(f"the built-in engine does not know {name}{hint}")
     return vars(given)

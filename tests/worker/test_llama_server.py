@@ -17,7 +17,7 @@ import pytest
 
 from demo import tiny_gguf
 from gpustack.worker import llama_server
-from gpustack.worker.llama_options import OPTIONS, OTHERS, build, parsed
+from gpustack.worker.llama_options import OPTIONS, Refused, build, parsed
 from tests.support.worker_node import free_port
 
 KEY = "only-the-gateway-knows"
@@ -281,10 +281,12 @@ def test_every_option_of_the_table_reaches_llama_cpp(tmp_path: Path) -> None:
         llama_server.apply(given, xllamacpp, xllamacpp.CommonParams())
 
 
-def test_the_list_of_other_options_is_complete() -> None:
-    table = {word for spellings, _, _ in OPTIONS for word in spellings.split()}
-    shown = {word for word in build().format_help().split() if word.startswith("--")}
-    assert {word.strip(",[]") for word in shown} - table - {"--help"} == set(OTHERS)
+def test_every_option_is_what_its_misspelling_may_mean() -> None:
+    shown = {word.strip(",[]") for word in build().format_help().split() if word.startswith("--")}
+    assert {"--model", "--lora-scaled", "--api-key-file", "--ctx-size"} <= shown
+    assert shown <= set(build().spellings())
+    with pytest.raises(Refused, match="did you mean --lora-scaled"):
+        parsed(["--model", "m.gguf", "--lora-scald", "x"])
 
 
 def test_weights_and_sampling_options_mean_what_llama_server_says() -> None:
