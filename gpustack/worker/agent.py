@@ -15,6 +15,7 @@ from gpustack.worker.control import Control
 from gpustack.worker.desired import Desired
 from gpustack.worker.enrolment import Enrolment, registration
 from gpustack.worker.launches import Launches
+from gpustack.worker.log_keeping import keep_logs
 from gpustack.worker.model_files import ModelFiles
 from gpustack.worker.ports import PortLeases
 from gpustack.worker.reconcile import Policy
@@ -72,7 +73,8 @@ async def run(
         control = _control(group, settings, about.name, policy or Policy(), limits or Limits())
         session = Session(server_url, enrolment, control, rhythm)
         talking = group.create_task(session.run())
-        tasks = [group.create_task(control.run()), talking]
+        logs = keep_logs(settings.log_dir, lambda: control.instances)
+        tasks = [group.create_task(control.run()), talking, group.create_task(logs)]
         if listener is not None:
             api = Api(log_dir=settings.log_dir, secret=enrolment.secret)
             tasks.append(group.create_task(api.serve(listener)))

@@ -69,6 +69,11 @@ class Control:
         self._now = asyncio.get_running_loop().time
         self.reports = Reports(self._forget, self._unknown)
 
+    @property
+    def instances(self) -> set[int]:
+        """What is wanted of this worker, or still runs on it."""
+        return {*self._desired.instances, *self._engines}
+
     def wake(self) -> None:
         """Something changed: decide anew."""
         self._changed.set()

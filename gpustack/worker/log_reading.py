@@ -53,7 +53,7 @@ async def whole(file: BinaryIO, start: int) -> AsyncGenerator[bytes, None]:
 
 
 async def followed(path: Path, file: BinaryIO, start: int) -> AsyncGenerator[bytes, None]:
-    """From `start` on, without end: also what is added, and the next runs' logs.
+    """From `start` on, until the log is removed: also what is added, and the next runs' logs.
 
     Args:
         path: where the log lies; another file there is the log of a new run.
@@ -66,6 +66,8 @@ async def followed(path: Path, file: BinaryIO, start: int) -> AsyncGenerator[byt
             while piece := file.read(PIECE):
                 yield piece
             there = _stat(path)
+            if there is None and os.fstat(file.fileno()).st_nlink == 0:
+                return  # removed, not moved aside for a new run
             if there is not None and there.st_ino != os.fstat(file.fileno()).st_ino:
                 # Nothing was left in the old one, and who starts a new one has ended the old.
                 if piece := file.read(PIECE):

@@ -173,3 +173,14 @@ async def test_a_log_of_gigabytes_takes_no_memory(
                 break
     grown_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     assert grown_kib < 32 << 10
+
+
+async def test_following_ends_when_the_log_is_removed(
+    client: httpx.AsyncClient, tmp_path: Path
+) -> None:
+    path = write(tmp_path, "a\n")
+    async with asyncio.timeout(5), client.stream("GET", "/v2/logs/7?follow=true") as answer:
+        pieces = answer.aiter_bytes()
+        assert await anext(pieces) == b"a\n"
+        path.unlink()
+        assert [piece async for piece in pieces] == []

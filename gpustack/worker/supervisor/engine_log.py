@@ -10,8 +10,13 @@ TAIL_BYTES = 8192
 LAST_WORDS_CHARS = 1024
 
 
+def serve_dir(log_dir: Path) -> Path:
+    """Where the logs of all engines lie."""
+    return log_dir / "serve"
+
+
 def log_path(log_dir: Path, instance_id: int) -> Path:
-    return log_dir / "serve" / f"{instance_id}.log"
+    return serve_dir(log_dir) / f"{instance_id}.log"
 
 
 def previous_path(path: Path) -> Path:
