@@ -22,6 +22,21 @@ HOP_BY_HOP: Final = frozenset(
     }
 )
 
+#: What `Connection` must not take away: the message's framing, and what says who asks and from
+#: where. A request without them could pass for another's, or for one that needs no login.
+_NEVER_HOP_BY_HOP: Final = frozenset(
+    {
+        b"content-length",
+        b"host",
+        b"authorization",
+        b"x-api-key",
+        b"api-key",
+        b"cookie",
+        b"origin",
+        b"sec-fetch-site",
+    }
+)
+
 _REASONS: Final = {status.value: status.phrase.encode() for status in HTTPStatus}
 _STATUS_LINES: Final[dict[int, bytes]] = {
     status: b"HTTP/1.1 %d %b\r\n" % (status, reason) for status, reason in _REASONS.items()
@@ -58,8 +73,7 @@ def end_to_end(headers: Headers) -> Headers:
     for name, value in headers:
         if name == b"connection":
             words = {word.strip() for word in value.lower().split(b",")}
-            # "Connection: content-length" must not take the message's framing away.
-            named = named | (words - {b"content-length", b"host", b"authorization"})
+            named = named | (words - _NEVER_HOP_BY_HOP)
     return [pair for pair in headers if pair[0] not in named]
 
 

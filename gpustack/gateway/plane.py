@@ -17,6 +17,7 @@ from gpustack.gateway.routing import Routing
 from gpustack.gateway.spool import Record
 from gpustack.gateway.tables import Credential, Tables
 from gpustack.gateway.watch import Watch
+from gpustack.lib.secrets import digest
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +91,7 @@ class Plane:
             if self.needs_no_login(exchange):
                 return None
             raise Unauthorized()
-        known = self.tables.by_digest.get(shown.digest())
+        known = self.tables.by_digest.get(digest(shown.secret))
         if known is None:
             if shown.secret:
                 raise Stranger("This credential is not known.")

@@ -375,6 +375,14 @@ def test_headers_named_by_connection_go_no_further() -> None:
     assert kept == [(b"x-two", b"2"), (b"content-length", b"3")]
 
 
+@pytest.mark.parametrize(
+    "name",
+    [b"host", b"authorization", b"x-api-key", b"api-key", b"cookie", b"origin", b"sec-fetch-site"],
+)
+def test_connection_takes_nothing_away_that_says_who_asks(name: bytes) -> None:
+    assert end_to_end([(b"connection", name), (name, b"1")]) == [(name, b"1")]
+
+
 @pytest.mark.parametrize(("address", "limit_ms"), [("127.0.0.1", 0), ("10.90.0.1", 45_000)])
 async def test_only_another_host_is_given_up_for_not_acknowledging(
     address: str, limit_ms: int

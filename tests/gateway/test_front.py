@@ -27,7 +27,8 @@ def code(body: bytes) -> Any:
 @pytest.mark.parametrize(
     "headers",
     [{"Authorization": f"Bearer {KEY}"}, {"authorization": f"bearer  {KEY}"}, {"X-Api-Key": KEY},
-     {"Api-Key": KEY}],
+     {"Api-Key": KEY}, {"X-Api-Key": "", "Api-Key": KEY},
+     {"Cookie": f"gpustack_session=old; gpustack_session={KEY}"}],
 )  # fmt: skip
 async def test_a_key_is_taken_wherever_clients_put_it(
     tmp_path: Path, headers: dict[str, str]
@@ -42,7 +43,8 @@ async def test_a_key_is_taken_wherever_clients_put_it(
     "headers",
     [{}, {"Authorization": "Bearer wrong"}, {"Authorization": "Bearer "}, {"X-Api-Key": ""},
      {"Authorization": f"Basic {KEY}"}, {"Authorization": KEY}, {"Cookie": "gpustack_session=x"},
-     {"Authorization": "Bearer \xff\xfe"}],
+     {"Authorization": "Bearer \xff\xfe"}, {"Authorization": "Basic x", "X-Api-Key": KEY},
+     {"Authorization": "Basic x", "Cookie": f"gpustack_session={KEY}"}],
 )  # fmt: skip
 async def test_without_a_known_credential_nothing_below_v1_answers(
     tmp_path: Path, headers: dict[str, str]

@@ -1,14 +1,15 @@
 """Who is asking. Every route names the kind of principal it serves as a parameter type."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Annotated
 
 from fastapi import Depends, Request
 from sqlmodel import select
+from starlette.datastructures import Headers
 
 from gpustack.errors import Forbidden, PasswordChangeRequired, Unauthorized
+from gpustack.lib import carriers
 from gpustack.lib.origin import is_foreign
 from gpustack.lib.secrets import digest, same
 from gpustack.schemas import wire
@@ -51,32 +52,25 @@ async def principal(request: Request) -> Principal:
     headers = request.headers
     async with db.read() as session:
         by_gateway = await _is_gateway(session, headers.get(wire.GATEWAY_HEADER))
-        secret, from_cookie = presented(headers, request.cookies)
-        if secret is None:
+        shown = presented(headers)
+        if shown is None:
             if by_gateway and headers.get(wire.LOCAL_HEADER) == "1":
                 return await _local_admin(session)
             raise Unauthorized
-        found = await resolve(session, secret)
-    if from_cookie and request.method not in SAFE_METHODS and _is_foreign(headers):
+        found = await resolve(session, shown.secret)
+    if shown.cookie and request.method not in SAFE_METHODS and _is_foreign(headers):
         raise Forbidden("this request comes from another site: log in here and try again")
     if found.kind is CredentialKind.SESSION:
         await _slide(db, found)
     return found
 
 
-def presented(headers: Mapping[str, str], cookies: Mapping[str, str]) -> tuple[str | None, bool]:
-    """The secret that a request shows, and whether its browser sent it by itself."""
-    scheme, _, token = headers.get("authorization", "").partition(" ")
-    if scheme.lower() == "bearer" and token.strip():
-        return token.strip(), False
-    for name in ("x-api-key", "api-key"):
-        if value := headers.get(name):
-            return value.strip(), False
-    cookie = cookies.get(wire.SESSION_COOKIE)
-    return (cookie, True) if cookie else (None, False)
+def presented(headers: Headers) -> carriers.Shown | None:
+    """The secret that a request shows, by the rule that gateways read it by as well."""
+    return carriers.shown(headers.items(), wire.SESSION_COOKIE)
 
 
-def _is_foreign(headers: Mapping[str, str]) -> bool:
+def _is_foreign(headers: Headers) -> bool:
     return is_foreign(
         origin=headers.get("origin"),
         host=headers.get("host"),
@@ -191,7 +185,8 @@ class Joining:
 
 
 async def _joiner(request: Request) -> Joining:
-    token, _ = presented(request.headers, {})
+    shown = presented(request.headers)
+    token = shown.secret if shown is not None and not shown.cookie else None
     own: str | None = request.app.state.join_token
     if token and own and same(token, own):
         return Joining(is_embedded=True)
