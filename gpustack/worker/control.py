@@ -119,13 +119,21 @@ class Control:
     async def stop_all(self) -> None:
         """End every engine, start no other, and say so; returns when all are gone."""
         self._leaving = True
-        wanted = [id for id in self._engines if id in self._desired.instances]
+        counts = {
+            id: engine.observed.restart_count
+            for id, engine in self._engines.items()
+            if id in self._desired.instances
+        }
         for engine in self._engines.values():
             engine.ask_to_stop()
         for engine in list(self._engines.values()):
             await engine.stop()
-        for id in wanted:
-            said = InstanceStatus(state=InstanceState.ERROR, state_message="its worker was stopped")
+        for id, count in counts.items():
+            said = InstanceStatus(
+                state=InstanceState.ERROR,
+                state_message="its worker was stopped",
+                restart_count=count,
+            )
             self.reports.put(id, said)
 
     def let_go(self) -> None:

@@ -89,3 +89,4 @@ async def test_starts_are_counted_on_across_agents(node: Node, plane: ControlPla
     async with node.agent():
         again = await plane.until_state(1, InstanceState.RUNNING, after=so_far)
         assert again.restart_count == 2
+    assert [s.restart_count for _, s in plane.reports if "was stopped" in s.state_message] == [1, 2]
