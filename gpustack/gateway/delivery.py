@@ -60,7 +60,13 @@ class Delivery:
 
     async def _send_all(self, spool: Spool) -> bool:
         """Whether the server has all of it now."""
-        while (batch := spool.next_batch()) is not None:
+        while True:
+            try:
+                batch = spool.next_batch()
+            except OSError:  # the spool has said so; later its disk may have room
+                return False
+            if batch is None:
+                return True
             try:
                 answer = await fetch(
                     self._pool,
@@ -79,7 +85,6 @@ class Delivery:
                 logger.warning("the server refuses usage with status %d", answer.status)
                 return False
             spool.acked()
-        return True
 
     async def close(self) -> None:
         """Send the rest if the server is there, and let go of the files."""

@@ -17,6 +17,7 @@ import logging
 import os
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Final
 
@@ -80,7 +81,7 @@ class Spool:
 
     Attributes:
         id: its name, and the server's key for the sequence of its batches.
-        dropped: records lost because the file was full.
+        dropped: records lost because the file or its disk was full.
     """
 
     def __init__(self, path: Path, file: IO[bytes], *, limit_bytes: int = LIMIT_BYTES) -> None:
@@ -89,6 +90,7 @@ class Spool:
         self._path = path
         self._file = file
         self._limit_bytes = limit_bytes
+        self._failing = False  # the newest line could not be written
         self._size = os.fstat(file.fileno()).st_size
         self._open: dict[str, Record] = {}
         self._sequence = 0  # of the newest batch
@@ -157,11 +159,14 @@ class Spool:
                 self._acked_to = self._batch_to
             elif line.sequence is not None:
                 self._sequence = line.sequence
+        lines = []
         if offset and not raw.endswith(b"\n"):
-            self._append(b"\n")  # the last line was cut by the crash
+            lines.append(b"\n")  # the last line was cut by the crash
         for record in known.values():
             record.cut = record.estimated = True
-            self._append(_encoder.encode(_Line(end=record)) + b"\n")
+            lines.append(_encoder.encode(_Line(end=record)) + b"\n")
+        if not self._append(b"".join(lines)):
+            raise OSError("there is no room to write down which requests were cut")
 
     # --- writing -------------------------------------------------------------------------
 
@@ -174,34 +179,46 @@ class Spool:
     def end(self, record: Record) -> None:
         """Note how a request ended."""
         self._open.pop(record.request_id, None)
-        if self._size < self._limit_bytes:
-            self._append(_encoder.encode(_Line(end=record)) + b"\n")
-        else:
+        full = self._size >= self._limit_bytes
+        if full or not self._append(_encoder.encode(_Line(end=record)) + b"\n"):
             self.dropped += 1
 
-    def _append(self, raw: bytes) -> None:
+    def _append(self, raw: bytes) -> bool:
+        """Whether `raw` is in the file now, whole; else none of it is."""
         if self._file.closed:  # a request that is broken off after the process's last words
-            return
+            return False
+        fd = self._file.fileno()
         try:
-            os.lseek(self._file.fileno(), 0, os.SEEK_END)
-            self._size += os.write(self._file.fileno(), raw)
+            os.lseek(fd, self._size, os.SEEK_SET)
+            _write_all(fd, raw)
         except OSError as error:  # a full disk must not stop requests
-            self.dropped += 1
-            if self.dropped == 1:
+            with suppress(OSError):
+                os.ftruncate(fd, self._size)
+            if not self._failing:
                 logger.warning("usage is not written to %s: %s", self._path, error)
+            self._failing = True
+            return False
+        self._failing = False
+        self._size += len(raw)
+        return True
 
     # --- sending -------------------------------------------------------------------------
 
     def next_batch(self) -> Batch | None:
-        """What the server shall have next; the same again until `acked`. None: it has all."""
+        """What the server shall have next; the same again until `acked`. None: it has all.
+
+        Raises:
+            OSError: the batch cannot be written down, so it must not be sent.
+        """
         if self._batch_to > self._acked_to:
             return Batch(self.id, self._sequence, self._ends(self._acked_to, self._batch_to)[0])
         records, to = self._ends(self._acked_to, self._size)
         if not records:
             return None
+        if not self._append(_encoder.encode(_Line(batch=self._sequence + 1, to=to)) + b"\n"):
+            raise OSError(f"{self._path} takes no more, so nothing of it can be sent")
         self._sequence += 1
         self._batch_to = to
-        self._append(_encoder.encode(_Line(batch=self._sequence, to=to)) + b"\n")
         return Batch(self.id, self._sequence, records)
 
     def acked(self) -> None:
@@ -209,7 +226,10 @@ class Spool:
         self._append(_encoder.encode(_Line(ack=self._sequence)) + b"\n")
         self._acked_to = self._batch_to
         if self._acked_to > _COMPACT_BYTES and self._acked_to * 2 > self._size:
-            self._compact()
+            try:
+                self._compact()
+            except OSError as error:  # the file stays as it is
+                logger.warning("%s is not made smaller: %s", self._path, error)
 
     def _ends(self, first: int, last: int) -> tuple[list[Record], int]:
         """The ends from byte `first` to `last`, a batch at most, and the byte after them."""
@@ -239,13 +259,18 @@ class Spool:
         """Leave out what the server has, in one step: a crash finds the old file or the new."""
         beside = self._path.with_name(f".{self._path.name}")
         beside.unlink(missing_ok=True)
-        file = _opened(beside)
         lines = [_encoder.encode(_Line(sequence=self._sequence))]
         lines += [_encoder.encode(_Line(start=record)) for record in self._open.values()]
         self._file.seek(self._acked_to)
         written = b"\n".join(lines) + b"\n" + self._file.read()
-        os.write(file.fileno(), written)
-        os.replace(beside, self._path)
+        file = _opened(beside)
+        try:
+            _write_all(file.fileno(), written)
+            os.replace(beside, self._path)
+        except OSError:
+            file.close()
+            beside.unlink(missing_ok=True)
+            raise
         self._file.close()
         self._file = file
         self._size = len(written)
@@ -253,8 +278,9 @@ class Spool:
 
     def close(self) -> None:
         """Let go of the file; it goes away if the server has all that is in it."""
-        if not self._open and self.next_batch() is None:
-            self._path.unlink(missing_ok=True)
+        with suppress(OSError):
+            if not self._open and self.next_batch() is None:
+                self._path.unlink(missing_ok=True)
         self._file.close()
 
 
@@ -263,6 +289,13 @@ def _opened(path: Path) -> IO[bytes]:
     file = os.fdopen(fd, "rb+", buffering=0)
     platform.lock(file)
     return file
+
+
+def _write_all(fd: int, raw: bytes) -> None:
+    """Write all of `raw`: a nearly full disk takes a part of it without an error."""
+    rest = memoryview(raw)
+    while rest:
+        rest = rest[os.write(fd, rest) :]
 
 
 def _is_at(file: IO[bytes], path: Path) -> bool:

@@ -3,6 +3,9 @@
 import asyncio
 import json
 import os
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -263,6 +266,69 @@ def test_a_broken_letter_in_one_left_over_spool_stops_neither_it_nor_the_others(
     assert ends(found[other.id]) == ["a", "b"]
     for left in found.values():
         left.close()
+
+
+@contextmanager
+def disk_with(bytes_left: int, path: Path) -> Iterator[None]:
+    """`path` can grow by so much: what would pass the limit is written short, then fails."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + bytes_left, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_disk_that_fills_up_in_a_record_leaves_no_half_of_it(tmp_path: Path) -> None:
+    spool = Spool.create(tmp_path)
+    path = tmp_path / spool.id
+    spool.end(record("a"))
+    with disk_with(20, path):
+        spool.end(record("lost"))
+    spool.end(record("b"))
+    assert spool.dropped == 1
+    assert all(json.loads(line) for line in path.read_text().splitlines())
+    assert ends(spool) == ["a", "b"]
+    spool.close()
+
+
+def test_a_batch_that_cannot_be_written_down_is_not_sent_and_not_lost(tmp_path: Path) -> None:
+    spool = Spool.create(tmp_path)
+    path = tmp_path / spool.id
+    spool.end(record("a"))
+    with disk_with(5, path):
+        with pytest.raises(OSError, match="takes no more"):
+            spool.next_batch()
+        spool.close()
+    assert path.exists()
+    (left,) = Spool.left_over(tmp_path)
+    assert ends(left) == ["a"]
+    left.close()
+
+
+def test_a_spool_is_never_replaced_by_a_part_of_itself(tmp_path: Path) -> None:
+    spool = Spool.create(tmp_path)
+    path = tmp_path / spool.id
+    for _ in range(14_000):
+        spool.end(record())
+    spool.start(record("open"))
+    last = 0
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    while (batch := spool.next_batch()) is not None:
+        last = batch.sequence
+        spool_size = path.stat().st_size
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+        try:
+            spool.acked()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert path.stat().st_size == spool_size
+    spool.end(record("new"))
+    batch = spool.next_batch()
+    assert batch is not None
+    assert (batch.sequence, [one.request_id for one in batch.records]) == (last + 1, ["new"])
+    assert [one.name for one in tmp_path.iterdir()] == [spool.id]
+    spool.close()
 
 
 def test_a_full_spool_counts_what_it_drops(tmp_path: Path) -> None:
