@@ -6,7 +6,7 @@ from typing import Any, Final
 
 from gpustack.errors import BadRequest, GPUStackError, NoReadyInstance, Unavailable
 from gpustack.forward.exchange import IGNORED, Exchange, Receiver
-from gpustack.forward.http1 import HOP_BY_HOP, Headers, end_to_end, first
+from gpustack.forward.http1 import Headers, end_to_end, first
 from gpustack.forward.upstream import Call, Failure
 from gpustack.gateway.answers import EngineUnreachable, ModelNotFound, refuse
 from gpustack.gateway.asked import Asked, understand
@@ -26,16 +26,20 @@ _TRY_ANOTHER: Final = frozenset({429, 502, 503})  # an overloaded or dying engin
 _PRIVATE: Final = PRIVATE_PREFIX.encode()
 #: The client's secrets are for us, framing is made anew, and an engine that compressed its
 #: answer would hide the usage in it.
-_KEPT_BACK: Final = HOP_BY_HOP | {
-    b"authorization",
-    b"cookie",
-    b"x-api-key",
-    b"api-key",
-    b"host",
-    b"content-length",
-    b"expect",
-    b"accept-encoding",
-}
+_KEPT_BACK: Final = frozenset(
+    {
+        b"authorization",
+        b"cookie",
+        b"x-api-key",
+        b"api-key",
+        b"host",
+        b"content-length",
+        b"expect",
+        b"accept-encoding",
+    }
+)
+#: Which pages may read an answer is the gateway's to say; engines let any. Nor is `server` told.
+_NOT_ANSWERED: Final = (_PRIVATE, b"access-control-")
 
 
 class Inference:
@@ -108,7 +112,7 @@ class Inference:
             if self._size > HELD_BYTES and not self._waiting and not self._streamed:
                 self._understand_beginning()
         elif self._streamed:
-            if self._call.connection is None:
+            if self._call.connection is None and not self._call.started:
                 self._pieces.append(chunk)  # another instance may have to be tried
             else:
                 self._pieces.clear()
@@ -253,7 +257,7 @@ class Inference:
     def _engine_headers(self, target: Target) -> Headers:
         headers = [
             pair
-            for pair in self._exchange.headers
+            for pair in end_to_end(self._exchange.headers)
             if pair[0] not in _KEPT_BACK and not pair[0].startswith(_PRIVATE)
         ]
         if self._streamed:
@@ -283,12 +287,17 @@ class Inference:
                 return
             target.answered()
         self._first_byte_at = time.time()
-        kept = [pair for pair in end_to_end(headers) if not pair[0].startswith(_PRIVATE)]
+        kept = [
+            pair
+            for pair in end_to_end(headers)
+            if pair[0] != b"server" and not pair[0].startswith(_NOT_ANSWERED)
+        ]
         if status == 200:
             self._reader = self._choose_reader(headers)
             if isinstance(self._reader, UsageFilter):
                 kept = [pair for pair in kept if pair[0] != b"content-length"]
         self._asked = None  # nothing is sent again: let go of the body
+        self._pieces = []
         self._exchange.start(status, kept)
 
     def _choose_reader(self, headers: Headers) -> Reader:

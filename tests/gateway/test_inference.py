@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from gpustack.gateway.inference import Inference
 from tests.support.data_plane import AUTH, fill, gateway
 from tests.support.openai_engine import (
     DONE,
@@ -173,6 +174,32 @@ async def test_the_clients_secrets_stay_and_the_engines_own_goes_with_the_reques
             assert engine.seen[0].raw_head.lower().count(b"authorization:") == 1
 
 
+async def test_headers_of_one_connection_stay_on_it_and_pages_elsewhere_may_read_nothing(
+    tmp_path: Path,
+) -> None:
+    async def answer(seen: Seen, wire: Wire) -> None:
+        await wire.raw(
+            b"HTTP/1.1 200 OK\r\nServer: engine/1\r\nAccess-Control-Allow-Origin: *\r\n"
+            b"Access-Control-Allow-Credentials: true\r\nServer-Timing: x\r\nX-Own: 1\r\n"
+            b"Content-Length: 2\r\n\r\n{}"
+        )
+
+    async with watch_server() as server, running(answer) as engine:
+        fill(server, engine)
+        async with gateway(tmp_path, server.port) as gate:
+            reply = await gate.chat(
+                headers={"Connection": "keep-alive, X-Mine", "X-Mine": "1", "X-Kept": "2"}
+            )
+            assert reply.status == 200
+            there = set(reply.headers)
+            assert not {name for name in there if name.startswith("access-control")}
+            assert "server" not in there
+            assert {"server-timing", "x-own"} <= there
+            seen = engine.seen[0].headers
+            assert not {"connection", "x-mine"} & set(seen)
+            assert seen["x-kept"] == "2"
+
+
 async def test_an_instance_elsewhere_is_reached_through_its_relay(tmp_path: Path) -> None:
     async with watch_server() as server, running() as relay:
         fill(server)
@@ -184,10 +211,23 @@ async def test_an_instance_elsewhere_is_reached_through_its_relay(tmp_path: Path
             assert relay.seen[0].headers["authorization"] == "Bearer secret-5"
 
 
-@pytest.mark.parametrize("body", [b"{", b"[]", b"", b'{"model": 5}', b'{"messages": []}', b"\xff",
-    b'{"model": "\xff"}', b'{"model": "m", "messages": ' + b"[" * 3000 + b"]" * 3000 + b"}",
-    b'{"model": "m", "stream": true, "stream_options": {"a": ' + b"[" * 3000 + b"]" * 3000 + b"}}",
-])
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"{",
+        b"[]",
+        b"",
+        b'{"model": 5}',
+        b'{"messages": []}',
+        b"\xff",
+        b'{"model": "\xff"}',
+        b'{"model": "m", "messages": ' + b"[" * 3000 + b"]" * 3000 + b"}",
+        b'{"model": "m", "stream": true, "stream_options": {"a": '
+        + b"[" * 3000
+        + b"]" * 3000
+        + b"}}",
+    ],
+)
 async def test_a_broken_body_is_refused_in_openais_shape(tmp_path: Path, body: bytes) -> None:
     async with watch_server() as server, running() as engine:
         fill(server, engine)
@@ -520,6 +560,28 @@ async def test_a_body_of_nine_mebibytes_is_streamed(tmp_path: Path, chunked: boo
             assert (await client.reply()).status == 200
             assert engine.seen[0].body == body
             await client.close()
+
+
+async def test_a_large_body_is_let_go_when_its_answer_begins(tmp_path: Path) -> None:
+    begun, more = asyncio.Event(), asyncio.Event()
+
+    async def answer(seen: Seen, wire: Wire) -> None:
+        await wire.stream_head()
+        begun.set()
+        await more.wait()
+        await wire.end()
+
+    async with watch_server() as server, running(answer) as engine:
+        fill(server, engine)
+        async with gateway(tmp_path, server.port) as gate:
+            body = b'{"model": "m", "x": "' + b"x" * 9 * 1024 * 1024 + b'"}'
+            client = await Client.to(gate.port)
+            client.ask("POST", "/v1/chat/completions", AUTH, body)
+            assert (await client.head()).status == 200
+            (exchange,) = [c.queue[0] for c in gate.server.connections if c.queue]
+            assert isinstance(exchange.receiver, Inference)
+            assert sum(map(len, exchange.receiver._pieces)) == 0
+            more.set()
 
 
 async def test_a_large_body_whose_first_instance_is_gone_goes_to_another(tmp_path: Path) -> None:
