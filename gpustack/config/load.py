@@ -1,6 +1,7 @@
 """Build `Settings`: command line over environment over YAML file over default."""
 
 import difflib
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,14 +25,12 @@ def load(flags: Mapping[str, Any], environment: Mapping[str, str]) -> Settings:
     """
     table = {known.key: known for known in options()}
     given: dict[str, Any] = {}
-    config_file = _first(table["config_file"], flags, environment)
+    config_file = _told(table["config_file"], flags, environment)
     if config_file is not None:
-        given |= _read_file(Path(config_file), table)
+        given |= _read_file(config_file, table)
     for known in table.values():
-        if (name := next((n for n in known.environment if environment.get(n)), None)) is not None:
-            given[known.key] = _parsed(known, environment[name], f"environment variable {name}")
-        if known.key in flags:
-            given[known.key] = _parsed(known, flags[known.key], f"option {known.flag}")
+        if (value := _told(known, flags, environment)) is not None:
+            given[known.key] = value
     settings = _completed(given)
     _check(settings)
     return settings
@@ -52,9 +51,17 @@ def to_json(settings: Settings) -> dict[str, Any]:
     return {known.key: values.to_json(getattr(settings, known.key)) for known in options()}
 
 
-def _first(known: Option, flags: Mapping[str, Any], environment: Mapping[str, str]) -> Any:
-    found = next((environment[n] for n in known.environment if environment.get(n)), None)
-    return flags.get(known.key, found)
+def _told(known: Option, flags: Mapping[str, Any], environment: Mapping[str, str]) -> Any:
+    """What the command line or else the environment says of an option; None: nothing.
+
+    A variable that is set to nothing is not set.
+    """
+    if known.key in flags:
+        return _parsed(known, flags[known.key], f"option {known.flag}")
+    for name in known.environment:
+        if environment.get(name):
+            return _parsed(known, environment[name], f"environment variable {name}")
+    return None
 
 
 def _parsed(known: Option, raw: Any, origin: str) -> Any:
@@ -62,7 +69,7 @@ def _parsed(known: Option, raw: Any, origin: str) -> Any:
         return values.parse(known.kind, raw)
     except ValueError as error:
         # The parser quotes what it got; a secret must not be.
-        why = "want text" if known.kind == "secret" else error
+        why = "want text that is not empty" if known.kind == "secret" else error
         raise SettingsError(f"{origin}: {why}") from None
 
 
@@ -74,7 +81,9 @@ def _read_file(path: Path, table: Mapping[str, Option]) -> dict[str, Any]:
     except OSError as error:
         raise SettingsError(f"cannot read config file {path}: {error.strerror}") from None
     except yaml.YAMLError as error:
-        raise SettingsError(f"config file {path} is not YAML: {error}") from None
+        raise SettingsError(f"config file {path} is not YAML: {_problem(error)}") from None
+    except (ValueError, RecursionError):  # no UTF-8, no such date, digits or brackets without end
+        raise SettingsError(f"config file {path} is not YAML text in UTF-8") from None
     if not isinstance(content, dict):
         raise SettingsError(f"config file {path}: want `option: value` lines")
     found = {}
@@ -83,10 +92,20 @@ def _read_file(path: Path, table: Mapping[str, Option]) -> dict[str, Any]:
         if known is None:
             near = difflib.get_close_matches(str(key), table, n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
-            raise SettingsError(f"config file {path}: unknown key {key}{hint}")
+            name = str(key)[: values.SHOWN]
+            raise SettingsError(f"config file {path}: unknown key {name}{hint}")
         if raw is not None:
             found[known.key] = _parsed(known, raw, f"config file {path}, key {key}")
     return found
+
+
+def _problem(error: Exception) -> str:
+    """What is wrong where, without the file's text: a secret may stand there."""
+    # Quoted are single characters, <kinds of token>, and names out of the file.
+    problem = getattr(error, "problem", None) or "a character that YAML forbids"
+    problem = re.sub(r"'[^'<].+'", "'...'", problem)
+    mark = getattr(error, "problem_mark", None)
+    return f"{problem} at {mark.line + 1}:{mark.column + 1}" if mark else problem
 
 
 def _completed(given: dict[str, Any]) -> Settings:
@@ -123,13 +142,13 @@ def _check(settings: Settings) -> None:
             )
     for label in settings.worker_labels:
         if not label.partition("=")[0] or "=" not in label:
-            raise SettingsError(f"--worker-labels: want key=value, got {label!r}")
+            raise SettingsError(f"--worker-labels: want key=value, got {values.shown(label)}")
     if not settings.is_server and settings.token is None:
         raise SettingsError(
             "--server-url needs --token: the content of <data-dir>/token on the server"
         )
     url = settings.database_url.reveal()
     if not url.startswith("sqlite:///"):
-        raise SettingsError(
-            f"--database-url: want sqlite:///PATH, got scheme {url.partition(':')[0]!r}"
-        )
+        scheme, separator, _ = url.partition("://")  # without one, all of it may be secret
+        got = f", got scheme {values.shown(scheme)}" if separator else ""
+        raise SettingsError(f"--database-url: want sqlite:///PATH{got}")

@@ -93,7 +93,7 @@ class Settings:
         env=("HF_TOKEN",),
     )  # fmt: skip
     advertise_address: str | None = option(
-        "--advertise-address", "str", None, "common",
+        "--advertise-address", "host", None, "common",
         "Address that other nodes use to reach this one.", shown_default="detected",
     )  # fmt: skip
     port: int = option("--port", "port", 80, "common", "Public HTTP port.")
@@ -109,7 +109,7 @@ class Settings:
 
     # server
     host: str = option(
-        "--host", "str", "0.0.0.0", "server", "Address the public port binds to."
+        "--host", "host", "0.0.0.0", "server", "Address the public port binds to."
     )  # fmt: skip
     api_port: int = option(
         "--api-port", "port", 8080, "server",
@@ -132,9 +132,6 @@ class Settings:
         "--force-auth-localhost", "bool", False, "server",
         "Requests from the loopback address need credentials as well.",
     )  # fmt: skip
-    disable_openapi_docs: bool = option(
-        "--disable-openapi-docs", "bool", False, "server", "No /docs, /redoc and /openapi.json."
-    )
 
     # worker
     server_url: str | None = option(
