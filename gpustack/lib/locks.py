@@ -24,7 +24,7 @@ def take_over(path: Path, *, patience_s: float = PATIENCE_S) -> Iterator[None]:
     killed: it hangs, and two of a kind must not act at once.
     """
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with path.open("a+") as file:
+    with open(path, "a+", opener=_private) as file:  # Path.open takes no opener
         deadline = time.monotonic() + patience_s
         while not lock(file):
             if time.monotonic() > deadline:
@@ -36,6 +36,10 @@ def take_over(path: Path, *, patience_s: float = PATIENCE_S) -> Iterator[None]:
         file.write(f"{os.getpid()}\n")
         file.flush()
         yield
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
 
 
 def _kill_holder(path: Path) -> None:
