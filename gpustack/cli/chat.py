@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from gpustack.cli.connection import Connection, connected
-from gpustack.cli.words import line, printable, typed
+from gpustack.cli.words import line, typed
 from gpustack.errors import GPUStackError, Unavailable
+from gpustack.lib.text import plain
 
 if TYPE_CHECKING:
     import httpx
@@ -68,7 +69,7 @@ def _say(http: "httpx.Client", request: dict[str, Any], messages: list[Message])
     """Print the answer to `messages` as it comes, and return it."""
     whole = []
     for piece in _pieces(http, {**request, "messages": messages}):
-        click.echo(printable(piece), nl=False)
+        click.echo(plain(piece), nl=False)
         whole.append(piece)
     click.echo()
     return "".join(whole)

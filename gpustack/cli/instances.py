@@ -9,8 +9,8 @@ import click
 
 from gpustack.cli.connection import Connection, connected
 from gpustack.cli.tables import as_json, show
-from gpustack.cli.words import printable
 from gpustack.errors import NotFound
+from gpustack.lib.text import plain
 
 if TYPE_CHECKING:
     from gpustack.client import Client
@@ -65,6 +65,6 @@ def logs(server: Connection, instance: str, follow: bool, tail: int | None) -> N
             raise NotFound(f"no instance is called {instance}")
         async with aclosing(client.logs(found.id, tail=tail, follow=follow)) as chunks:
             async for chunk in chunks:
-                click.echo(printable(decoder.decode(chunk)) if shown else chunk, nl=False)
+                click.echo(plain(decoder.decode(chunk)) if shown else chunk, nl=False)
 
     server.run(act)

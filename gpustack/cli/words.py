@@ -1,30 +1,16 @@
 """What people read: text that a terminal shows as it is, and failures as one sentence."""
 
 import os
-import re
 from contextlib import suppress
 from typing import IO, Any
 
 from gpustack.errors import GPUStackError, Invalid
-
-#: Whole escape sequences first (ECMA-48: CSI, and strings such as OSC that say where they end),
-#: then control characters one by one, but for newline and tab.
-_CONTROL = re.compile(
-    r"(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]"
-    r"|\x1b[\]PX^_][^\x07\x1b]*(?:\x07|\x1b\\)"
-    r"|[\x00-\x08\x0b-\x1f\x7f-\x9f]"
-)
-_HALF_PAIRS = re.compile("[\ud800-\udfff]")
-
-
-def printable(text: str) -> str:
-    """`text` without what would move a terminal's cursor, colour it or give it orders."""
-    return _HALF_PAIRS.sub("\ufffd", _CONTROL.sub("", text))
+from gpustack.lib.text import plain
 
 
 def line(text: str) -> str:
-    """`text`, printable, on one line."""
-    return printable(" ".join(text.split()))
+    """`text`, plain, on one line."""
+    return plain(" ".join(text.split()))
 
 
 def typed(given: Any) -> Any:

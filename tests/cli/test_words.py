@@ -3,8 +3,9 @@
 import pytest
 
 from gpustack.cli.tables import aligned
-from gpustack.cli.words import line, printable, typed
+from gpustack.cli.words import line, typed
 from gpustack.errors import Invalid
+from gpustack.lib.text import plain
 
 
 @pytest.mark.parametrize(
@@ -19,7 +20,7 @@ from gpustack.errors import Invalid
     ],
 )
 def test_a_terminal_gets_no_orders_from_a_text(given: str, shown: str) -> None:
-    assert printable(given) == shown
+    assert plain(given) == shown
 
 
 def test_a_cell_is_one_printable_line() -> None:
