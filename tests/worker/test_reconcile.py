@@ -185,7 +185,7 @@ def test_a_port_that_is_taken_again_and_again_backs_off_like_any_failure() -> No
 
 def test_a_message_has_no_control_characters() -> None:
     failure = Failure(
-        Trouble.FILES, "file not found: /a\x1b[31m\x00\x07b\x9b c", "last\x1b]0;t\x07"
+        Trouble.FILES, "file not found: /a\x1b[31m\x00\x07b\x9bm c", "last\x1b]0;t\x07"
     )
     assert failure.message == "file not found: /ab c\nlast"
     assert "(3 times alike" in failed(failure, failure, failure).message
