@@ -11,12 +11,13 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
+from gpustack.cli.lock_file import LockFile
 from gpustack.cli.sockets import Sockets
 from gpustack.config.load import to_json
 from gpustack.config.options import Settings
@@ -36,24 +37,50 @@ STOP_S = {"gateway": 30.0, "relay": 30.0, "agent": 20.0, "server": 5.0}
 #: A role that lived this long is not failing.
 STEADY_S = 30.0
 BACKOFF_FIRST_S, BACKOFF_LIMIT_S = 0.1, 10.0
+SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2}
+CHECK_S = 30.0
+#: For the loop to carry out signals that came before they were blocked.
+HEARD_S = 0.01
 
 
 @dataclass
 class Role:
-    """One role and the process it has now."""
+    """One role and the process it has now.
+
+    Attributes:
+        starting: held while a process of it is being started.
+    """
 
     name: str
     boot: Callable[[], Boot]
     fds: tuple[int, ...]
     process: asyncio.subprocess.Process | None = None
-    stopping: bool = False
-    ended: asyncio.Event = field(default_factory=asyncio.Event)
+    starting: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+    @property
+    def alive(self) -> asyncio.subprocess.Process | None:
+        """Its process, unless that has ended."""
+        return self.process if self.process and self.process.returncode is None else None
 
     def order(self, word: str) -> None:
         """Say `word` to the process, if there is one."""
-        if self.process and self.process.stdin and self.process.returncode is None:
+        if self.alive and self.alive.stdin:
             with suppress(OSError, RuntimeError):
-                self.process.stdin.write(word.encode() + b"\n")
+                self.alive.stdin.write(word.encode() + b"\n")
+
+    async def start(self) -> str:
+        """Start a process; answers why that was impossible, or nothing."""
+        async with self.starting:
+            command = (sys.executable, "-m", "gpustack.cli.role", self.name)
+            try:
+                self.process = await asyncio.create_subprocess_exec(
+                    *command, stdin=asyncio.subprocess.PIPE, pass_fds=self.fds
+                )
+            except (OSError, RuntimeError) as error:  # no process, descriptor or thread is left
+                return str(error)
+            if self.process.stdin:
+                self.process.stdin.write(self.boot().line())
+            return ""
 
 
 def run(settings: Settings, arguments: list[str], reload: Callable[[], Settings]) -> int:
@@ -63,38 +90,21 @@ def run(settings: Settings, arguments: list[str], reload: Callable[[], Settings]
         arguments: of the command line, for our own restart.
         reload: reads the settings anew.
     """
+    # A stop must reach the launcher, not kill what it has not become yet.
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     handover: dict[str, Any] = json.loads(os.environ.pop(HANDOVER, "{}"))
     try:
         settings.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-        lock_file, crashed = _lock(settings.data_dir, handover.get("lock"))
-        sockets = Sockets(settings, handover.get("sockets", {}), patient=crashed)
+        lock = LockFile(settings.data_dir, handover.get("lock"))
+        sockets = Sockets(settings, handover.get("sockets", {}), patient=lock.left_behind)
     except SettingsError as error:
         logger.error("%s", error)  # noqa: TRY400  the sentence is for the user, a traceback not
         return 1
     except OSError as error:
         logger.error("data directory %s: %s", settings.data_dir, error.strerror)  # noqa: TRY400
         return 1
-    launcher = Launcher(settings, arguments, reload, lock_file, sockets)
+    launcher = Launcher(settings, arguments, reload, lock, sockets)
     return asyncio.run(launcher.run(handover.get("draining", [])))
-
-
-def _lock(data_dir: Path, inherited: int | None) -> tuple[IO[str], bool]:
-    """The lock file, held, and whether an earlier life left it without saying goodbye."""
-    if inherited is not None:
-        os.set_inheritable(inherited, False)
-        return os.fdopen(inherited, "r+"), False
-    path = data_dir / "lock"
-    fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-    file = os.fdopen(fd, "r+")
-    held = platform.lock(file)
-    content = file.read().strip()
-    if not held:
-        pid = json.loads(content).get("pid") if content else "unknown"
-        raise SettingsError(
-            f"gpustack already runs on data directory {data_dir}: pid {pid}. "
-            "Stop it first, or give another --data-dir"
-        )
-    return file, bool(content)
 
 
 def file_secret(path: Path) -> str:
@@ -115,17 +125,17 @@ class Launcher:
         settings: Settings,
         arguments: list[str],
         reload: Callable[[], Settings],
-        lock_file: IO[str],
+        lock: LockFile,
         sockets: Sockets,
     ) -> None:
         self._settings = settings
         self._arguments = arguments
         self._reload = reload
-        self._lock_file = lock_file
+        self._lock = lock
         self._sockets = sockets
         self._life = new_secret()[:8]
         self._ready = False
-        self._refused = ""
+        self._refused, self._refusals = "", 0
         self._draining: set[int] = set()
         self._roles = list(self._plan())
         self._stop = asyncio.Event()
@@ -133,19 +143,20 @@ class Launcher:
         self._impatient = asyncio.Event()
 
     async def run(self, draining: list[int]) -> int:
-        self._say()
         self._catch_signals()
+        self._say()
+        self._draining.update(draining)
         async with asyncio.TaskGroup() as group:
+            replacing = group.create_task(self._replace())
             tasks = [group.create_task(self._keep(role)) for role in self._roles]
             tasks += [group.create_task(self._reap(pid)) for pid in draining]
             tasks.append(group.create_task(self._announce()))
-            tasks.append(group.create_task(self._replace()))
             await self._stop.wait()
-            await self._stop_roles(group)
+            replacing.cancel()  # first: what it becomes would know nothing of a stop
+            await self._stop_roles()
             for task in tasks:
                 task.cancel()
-        self._lock_file.seek(0)
-        self._lock_file.truncate()  # a clean end: the next start need not wait for our ports
+        self._lock.release()
         return 0
 
     # --- what runs -------------------------------------------------------------------------
@@ -185,42 +196,30 @@ class Launcher:
 
     def _role(self, name: str, listens: tuple[str, ...], *fds: int, **extra: Any) -> Role:
         numbers = {socket_name: self._sockets.fileno(socket_name) for socket_name in listens}
-        boot = Boot(settings=to_json(self._settings), sockets=numbers, extra=extra)
-        return Role(name, lambda: boot, (*numbers.values(), *fds))
+
+        def boot() -> Boot:  # the settings of that moment
+            return Boot(settings=to_json(self._settings), sockets=numbers, extra=extra)
+
+        return Role(name, boot, (*numbers.values(), *fds))
 
     async def _keep(self, role: Role) -> None:
         """Start `role`, and again whenever it ends without having been told to."""
         failures = 0
-        while not role.stopping:
+        while not self._stop.is_set():
             began = time.monotonic()
-            code = await self._run_once(role)
-            if role.stopping:
+            reason = await role.start() or await _end_of(role)
+            if self._stop.is_set():
                 break
             failures = 1 if time.monotonic() - began > STEADY_S else failures + 1
             # The first restart does not wait: what depends on this role does.
             pause_s = delay_s(failures - 1, first_s=BACKOFF_FIRST_S, limit_s=BACKOFF_LIMIT_S)
-            logger.warning("%s ended (%s); it is started again in %.1f s", role.name, code, pause_s)
+            logger.warning(
+                "%s ended (%s); it is started again in %.1f s", role.name, reason, pause_s
+            )
             await asyncio.sleep(pause_s)
-        role.ended.set()
-
-    async def _run_once(self, role: Role) -> str:
-        process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-m",
-            "gpustack.cli.role",
-            role.name,
-            stdin=asyncio.subprocess.PIPE,
-            pass_fds=role.fds,
-        )
-        role.process = process
-        if process.stdin:
-            process.stdin.write(role.boot().line())
-        code = await process.wait()
-        return f"signal {-code}" if code < 0 else f"exit code {code}"
 
     async def _reap(self, pid: int) -> None:
         """A role of the life before this one, which finishes its streams."""
-        self._draining.add(pid)
         await platform.wait_exit(pid)
         with suppress(ChildProcessError):
             os.waitpid(pid, os.WNOHANG)  # noqa: ASYNC222  it has ended: this only reaps
@@ -228,35 +227,43 @@ class Launcher:
 
     # --- how it ends -----------------------------------------------------------------------
 
-    async def _stop_roles(self, group: asyncio.TaskGroup) -> None:
+    async def _stop_roles(self) -> None:
         """Gateways drain, then engines stop, then the server: each outlives what it serves."""
-        for role in self._roles:
-            role.stopping = True
         for names in ({"gateway", "relay"}, {"agent"}, {"server"}):
-            step = [role for role in self._roles if role.name in names]
-            for role in step:
-                role.order("stop")
-            for role in step:
-                await self._ended(role)
-        for pid in self._draining:
+            async with asyncio.TaskGroup() as step:
+                for role in self._roles:
+                    if role.name in names:
+                        step.create_task(self._stop_role(role))
+                if "gateway" in names:
+                    for pid in self._draining:
+                        gone = platform.wait_exit(pid)
+                        step.create_task(self._end("gateway", pid, gone))
+
+    async def _stop_role(self, role: Role) -> None:
+        async with role.starting:  # one that is being started is told as well
+            pass
+        if role.name == "agent" and not role.alive and self._has_engines():
+            await role.start()  # nobody else knows how to stop them
+        if role.alive:
+            role.order("stop")
+            await self._end(role.name, role.alive.pid, role.alive.wait())
+
+    def _has_engines(self) -> bool:
+        """Whether an agent, of this life or another, has left engines."""
+        return any((self._settings.data_dir / "engines").glob("*.json"))
+
+    async def _end(self, name: str, pid: int, gone: Coroutine[Any, Any, Any]) -> None:
+        """Return when the process is gone; killed when its time is up or we are in a hurry."""
+        ended = asyncio.ensure_future(gone)
+        hurry = asyncio.ensure_future(self._impatient.wait())
+        # In a hurry the agent still stops its engines: nothing may stay behind.
+        first = {ended} if name == "agent" else {ended, hurry}
+        await asyncio.wait(first, timeout=STOP_S[name], return_when=asyncio.FIRST_COMPLETED)
+        hurry.cancel()
+        if not ended.done():
+            logger.warning("%s %d did not end in time and is killed", name, pid)
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-
-    async def _ended(self, role: Role) -> None:
-        """Return when `role` has ended; it is killed when its time is up or we are in a hurry."""
-        if role.process is None:
-            return
-        ended = asyncio.ensure_future(role.process.wait())
-        hurry = asyncio.ensure_future(self._impatient.wait())
-        await asyncio.wait(
-            {ended, hurry}, timeout=STOP_S[role.name], return_when=asyncio.FIRST_COMPLETED
-        )
-        hurry.cancel()
-        # In a hurry the agent still stops its engines: nothing may stay behind.
-        if not ended.done() and not (self._impatient.is_set() and role.name == "agent"):
-            logger.warning("%s did not end in time and is killed", role.name)
-            with suppress(ProcessLookupError):
-                role.process.kill()
         await ended
 
     def _catch_signals(self) -> None:
@@ -270,10 +277,11 @@ class Launcher:
         def reload() -> None:
             """Apply what can change while running: the log level."""
             try:
-                level = "DEBUG" if self._reload().debug else "INFO"
+                self._settings = replace(self._settings, debug=self._reload().debug)
             except GPUStackError as error:
                 logger.error("not reloaded: %s", error)  # noqa: TRY400
                 return
+            level = "DEBUG" if self._settings.debug else "INFO"
             logging.getLogger().setLevel(level)
             for role in self._roles:
                 role.order(f"level {level}")
@@ -287,50 +295,72 @@ class Launcher:
         }
         for number, handler in handlers.items():
             loop.add_signal_handler(number, handler)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, handlers)  # blocked across our own exec
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # before any child could inherit it
 
     # --- how it is replaced ----------------------------------------------------------------
 
     async def _replace(self) -> None:
-        """At each SIGUSR2: check the settings in a child, then become a new launcher."""
+        """At each SIGUSR2: become a new launcher, or say why not and go on."""
         while True:
             await self._restart.wait()
             self._restart.clear()
-            command = [sys.executable, "-m", "gpustack", "config", "check", *self._arguments]
-            checked = await asyncio.create_subprocess_exec(
-                *command, stderr=asyncio.subprocess.PIPE, stdin=asyncio.subprocess.DEVNULL
-            )
-            _, errors = await checked.communicate()
-            if checked.returncode == 0:
-                self._exec()
-            self._refused = errors.decode(errors="replace").strip().removeprefix("Error: ")
-            logger.error("not restarted: %s", self._refused)
-            self._say()
+            try:
+                await self._check()
+                settings = self._reload()
+                if settings.data_dir != self._settings.data_dir:
+                    raise SettingsError("--data-dir cannot change while the node runs")
+                with self._sockets.handed_over(settings) as sockets:
+                    await self._exec(sockets)
+            except (GPUStackError, OSError) as error:
+                self._refused, self._refusals = str(error), self._refusals + 1
+                logger.error("not restarted: %s", error)  # noqa: TRY400
+                self._say()
 
-    def _exec(self) -> None:
-        """Become a new launcher with the same pid, lock and sockets. Does not return.
+    async def _check(self) -> None:
+        """Have the program that is installed now check the settings.
+
+        Raises:
+            SettingsError: they are impossible.
+        """
+        command = [sys.executable, "-m", "gpustack", "config", "check", *self._arguments]
+        checking = await asyncio.create_subprocess_exec(
+            *command, stderr=asyncio.subprocess.PIPE, stdin=asyncio.subprocess.DEVNULL
+        )
+        try:
+            async with asyncio.timeout(CHECK_S):
+                _, errors = await checking.communicate()
+        except TimeoutError:
+            raise SettingsError(f"the check of the settings took over {CHECK_S:g} s") from None
+        finally:
+            if checking.returncode is None:
+                checking.kill()
+        if checking.returncode != 0:
+            raise SettingsError(errors.decode(errors="replace").strip().removeprefix("Error: "))
+
+    async def _exec(self, sockets: dict[str, list[Any]]) -> None:
+        """Become a new launcher with the same pid, lock and sockets. Returns only if we stop.
 
         The pipes to the roles close, since no descriptor is inherited that is not named here:
         server and agent leave at once, gateways and relay when their streams have ended.
         """
-        pids = {role.process.pid for role in self._roles if role.process}
-        alive = [pid for pid in pids | self._draining if platform.start_ticks(pid) is not None]
-        os.set_inheritable(self._lock_file.fileno(), True)
-        os.environ[HANDOVER] = json.dumps(
-            {
-                "lock": self._lock_file.fileno(),
-                "sockets": self._sockets.hand_over(),
-                "draining": alive,
-            }
-        )
-        logger.info("restarting")
-        # A signal in between must reach the new launcher, not kill it before it can listen.
-        signal.pthread_sigmask(
-            signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2}
-        )
-        os.execv(  # noqa: S606  our own interpreter and module
-            sys.executable, [sys.executable, "-m", "gpustack", "start", *self._arguments]
-        )
+        # From here on a signal waits for the new launcher; those that came before are carried out.
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        try:
+            await asyncio.sleep(HEARD_S)
+            if self._stop.is_set():
+                return
+            pids = {role.alive.pid for role in self._roles if role.alive} | self._draining
+            lock = self._lock.hand_over()
+            os.environ[HANDOVER] = json.dumps(
+                {"lock": lock, "sockets": sockets, "draining": [*pids]}
+            )
+            logger.info("restarting")
+            os.execv(  # noqa: S606  our own interpreter and module
+                sys.executable, [sys.executable, "-m", "gpustack", "start", *self._arguments]
+            )
+        finally:
+            os.environ.pop(HANDOVER, None)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
     # --- what it tells ---------------------------------------------------------------------
 
@@ -341,13 +371,10 @@ class Launcher:
             "port": self._settings.port if self._settings.is_server else None,
             "life": self._life,
             "ready": self._ready,
+            "refusals": self._refusals,
             "refused": self._refused,
         }
-        content = json.dumps(said)
-        self._lock_file.seek(0)
-        self._lock_file.write(content)
-        self._lock_file.truncate()
-        self._lock_file.flush()
+        self._lock.say(said)
 
     async def _announce(self) -> None:
         """Say when the node answers, and where."""
@@ -362,9 +389,15 @@ class Launcher:
             logger.info("gpustack is ready at http://%s:%d", url_host(host), port)
             password = self._settings.data_dir / "initial_admin_password"
             if password.exists():
-                logger.info("the first password of user admin is in %s", password)
+                logger.info("user admin's password, unless it was changed, is in %s", password)
         else:
             logger.info("worker is ready for %s", self._settings.server_url)
+
+
+async def _end_of(role: Role) -> str:
+    """How the process of `role` ended, once it has."""
+    code = await role.process.wait() if role.process else 0
+    return f"signal {-code}" if code < 0 else f"exit code {code}"
 
 
 async def _answers(host: str, port: int) -> bool:

@@ -4,6 +4,8 @@ import errno
 import os
 import socket
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from gpustack.config.options import Settings
@@ -19,8 +21,8 @@ class Sockets:
     """Open sockets by name: public, api, worker, agent.
 
     Args:
-        inherited: what `hand_over` of the launcher before us said.
-        patient: an earlier life on this data directory ended without a goodbye.
+        inherited: what `handed_over` of the launcher before us said.
+        patient: roles of an earlier life may still be on their way out.
 
     Raises:
         SettingsError: an address cannot be listened on; names the option that changes it.
@@ -54,11 +56,29 @@ class Sockets:
     def port(self, name: str) -> int:
         return self.address(name)[1]
 
-    def hand_over(self) -> dict[str, list[Any]]:
-        """Make the sockets survive exec; answers what the next launcher needs to know of them."""
-        for one in self._open.values():
-            one.set_inheritable(True)
-        return {name: [one.fileno(), *self._addresses[name]] for name, one in self._open.items()}
+    @contextmanager
+    def handed_over(self, settings: Settings) -> Iterator[dict[str, list[Any]]]:
+        """Inside, the sockets that `settings` ask for survive exec, and new ones are open.
+
+        Gives what the next launcher needs to know of them. One whose port is ours now, for
+        something else, is left for that launcher to open: our roles hold it until they leave.
+
+        Raises:
+            SettingsError: a new address cannot be listened on.
+        """
+        ours = {self.port(name) for name in self._open}
+        told = {}
+        with ExitStack() as fresh:
+            for name, (host, port) in _addresses(settings):
+                if self._addresses.get(name) == (host, port):
+                    one = self._open[name]
+                elif port in ours:
+                    continue
+                else:
+                    one = fresh.enter_context(_listen(name, host, port, patient=False))
+                one.set_inheritable(True)
+                told[name] = [one.fileno(), host, port]
+            yield told
 
 
 def _addresses(settings: Settings) -> list[tuple[str, tuple[str, int]]]:

@@ -1,6 +1,5 @@
 """`gpustack start`, `gpustack restart`, `gpustack config`: the node on this machine."""
 
-import json
 import os
 import signal
 import sys
@@ -11,11 +10,11 @@ from typing import Any
 
 import click
 
+from gpustack.cli.lock_file import running_node
 from gpustack.config.load import load
 from gpustack.config.options import Option, Settings, defaults, options
 from gpustack.errors import SettingsError
 from gpustack.lib import logs
-from gpustack.lib.platform import default_data_dir
 
 HEADINGS = {"common": "Common options", "server": "Server options", "worker": "Worker options"}
 RESTART_TIMEOUT_S = 60.0
@@ -97,28 +96,30 @@ def check(**given: Any) -> None:
 
 
 @click.command()
-@click.option("--data-dir", type=click.Path(path_type=Path), envvar="GPUSTACK_DATA_DIR")
-def restart(data_dir: Path | None) -> None:
+@click.option("--data-dir", type=str, envvar="GPUSTACK_DATA_DIR")
+def restart(data_dir: str | None) -> None:
     """Replace a running node's processes; its engines and open streams go on."""
-    place = (data_dir or default_data_dir()).absolute()
+    given = {} if data_dir is None else {"data_dir": data_dir}
+    place = load(given, {}).data_dir
     before = _running_node(place)
     os.kill(before["pid"], signal.SIGUSR2)
     deadline = time.monotonic() + RESTART_TIMEOUT_S
     while time.monotonic() < deadline:
         now = _running_node(place)
-        if now["life"] != before["life"] and now["ready"]:
+        if now["life"] == before["life"]:
+            if now["refusals"] != before["refusals"]:
+                raise SettingsError(f"not restarted: {now['refused']}")
+        elif now["ready"]:
             click.echo(f"restarted; pid {now['pid']}")
             return
-        if now["refused"] and now["refused"] != before["refused"]:
-            raise click.ClickException(f"not restarted: {now['refused']}")
         time.sleep(0.05)
-    raise click.ClickException(
+    raise SettingsError(
         f"pid {before['pid']} has not restarted within {RESTART_TIMEOUT_S:g} s; see its log"
     )
 
 
 def _running_node(data_dir: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads((data_dir / "lock").read_text()))
-    except (OSError, ValueError):
-        raise click.ClickException(f"no node runs on data directory {data_dir}") from None
+    said = running_node(data_dir)
+    if said is None:
+        raise SettingsError(f"no node runs on data directory {data_dir}")
+    return said

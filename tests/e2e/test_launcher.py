@@ -1,6 +1,8 @@
 """`gpustack start`: one node per data directory, clear errors, clean ends."""
 
+import asyncio
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -12,7 +14,8 @@ import httpx
 import pytest
 
 from tests.e2e.conftest import MakeNode
-from tests.support.node import Node
+from tests.support.node import Node, free_ports
+from tests.support.streams import running_streams
 from tests.support.wait import soon
 
 
@@ -88,6 +91,123 @@ def test_an_idle_node_stops_within_three_seconds(make_node: MakeNode) -> None:
     assert time.monotonic() - began < 3
 
 
+@pytest.mark.parametrize("apart_s", [0, 0.05, 0.1, 0.2, 0.3, 0.4])
+def test_a_stop_close_to_a_restart_is_not_lost(make_node: MakeNode, apart_s: float) -> None:
+    node = make_node("--disable-worker").start()
+    assert node.process is not None
+    node.process.send_signal(signal.SIGUSR2)
+    time.sleep(apart_s)  # no state to wait for: each of these moments must do
+    node.process.send_signal(signal.SIGTERM)
+    assert node.process.wait(20) == 0
+    soon(lambda: not node.pids(), "nothing is left")
+
+
+@pytest.mark.parametrize("moment", ["has the lock", "starts its roles"])
+def test_a_stop_during_the_start_ends_the_engines_of_an_earlier_life(
+    make_node: MakeNode, models: Path, moment: str
+) -> None:
+    node = make_node().start()
+    node.deploy("tiny", models / "chat.gguf")
+    assert node.process is not None
+    node.process.kill()
+    node.process.wait()
+    soon(lambda: not node.pids(), "the roles end without their launcher")
+    assert node.engine_pids()
+    process = node.start(wait=False).process
+    assert process is not None
+
+    def reached() -> bool:
+        said = node.said()
+        begun = moment == "has the lock" or "life" in said
+        return said.get("pid") == process.pid and begun
+
+    soon(reached, moment)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(20) == 0
+    assert not node.engine_pids()
+    assert not node.pids()
+
+
+def test_a_stop_while_the_agent_waits_for_its_next_try_ends_the_engines(
+    make_node: MakeNode, models: Path
+) -> None:
+    node = make_node().start()
+    node.deploy("tiny", models / "chat.gguf")
+    for _ in range(4):  # from the second failure on, a start has to wait
+        old = node.kill_role("agent")
+        soon(lambda old=old: old not in node.pids("agent"), "it is gone")  # type: ignore[misc]
+        if not node.pids("agent"):
+            break
+        soon(lambda: node.pids("agent"), "another is started")
+    assert node.stop() == 0
+    assert not node.engine_pids()
+
+
+def test_a_node_that_lacks_descriptors_goes_on_and_tries_again(make_node: MakeNode) -> None:
+    node = make_node("--disable-worker").start()
+    assert node.process is not None
+    _, most = resource.prlimit(node.process.pid, resource.RLIMIT_NOFILE)
+    resource.prlimit(node.process.pid, resource.RLIMIT_NOFILE, (3, most))
+    node.kill_role("gateway")
+    soon(lambda: "Too many open files" in node.log.read_text(), "the reason is said")
+    resource.prlimit(node.process.pid, resource.RLIMIT_NOFILE, (most, most))
+    soon(lambda: node.pids("gateway"), "it is started again")
+    assert node.stop() == 0
+
+
+async def test_a_stop_after_a_restart_lets_streams_end(make_node: MakeNode, models: Path) -> None:
+    node = make_node().start()
+    node.deploy("slow", models / "slow.gguf")
+    async with running_streams(node, node.api_key(), "slow"):
+        done = await asyncio.to_thread(run, "restart", "--data-dir", str(node.data_dir))
+        assert done.returncode == 0, done.stderr
+        assert node.process is not None
+        node.process.send_signal(signal.SIGTERM)
+    assert await asyncio.to_thread(node.process.wait, 20) == 0
+
+
+def test_a_restart_moves_the_port_unless_it_is_taken(make_node: MakeNode, tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    node = make_node("--disable-worker", "--config-file", str(file))
+    at = node.arguments.index("--port")
+    del node.arguments[at : at + 2]
+    file.write_text(f"port: {node.port}\n")
+    node.start()
+    pids = sorted(node.pids())
+    other = free_ports(1)
+    with socket.socket() as taken:
+        taken.bind(("0.0.0.0", other))
+        taken.listen()
+        file.write_text(f"port: {other}\n")
+        refused = run("restart", "--data-dir", str(node.data_dir))
+    assert refused.returncode == 1
+    assert f"--port {other} is taken" in refused.stderr
+    assert sorted(node.pids()) == pids
+    assert node.ready()
+    # Another port, then another address of the same port, which the old gateways still hold.
+    for line, address in ((f"port: {other}", "127.0.0.1"), (f"port: {other}", "127.0.0.2")):
+        file.write_text(f"{line}\nhost: {address}\n")
+        done = run("restart", "--data-dir", str(node.data_dir))
+        assert done.returncode == 0, done.stderr + node.log.read_text()
+        ready = httpx.get(f"http://{address}:{other}/readyz", trust_env=False)
+        assert ready.status_code == 200
+    assert node.stop() == 0
+
+
+def test_a_restart_cannot_move_the_data_directory(make_node: MakeNode, tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    node = make_node("--disable-worker", "--config-file", str(file))
+    at = node.arguments.index("--data-dir")
+    del node.arguments[at : at + 2]
+    file.write_text(f"data_dir: {node.data_dir}\n")
+    node.start()
+    file.write_text(f"data_dir: {tmp_path}\n")
+    refused = run("restart", "--data-dir", str(node.data_dir))
+    assert refused.returncode == 1
+    assert "--data-dir cannot change" in refused.stderr
+    assert node.stop() == 0
+
+
 def test_every_role_that_is_killed_is_started_again(make_node: MakeNode) -> None:
     node = make_node().start()
     for role in ("server", "gateway", "agent", "relay"):
@@ -119,9 +239,10 @@ def test_a_restart_with_an_impossible_option_is_refused_and_changes_nothing(
     node = make_node("--config-file", str(file)).start()
     pids = sorted(node.pids())
     file.write_text("prot: 80\n")
-    refused = run("restart", "--data-dir", str(node.data_dir))
-    assert refused.returncode == 1
-    assert "did you mean port" in refused.stderr
+    for _ in range(2):  # the second says the same words
+        refused = run("restart", "--data-dir", str(node.data_dir))
+        assert refused.returncode == 1
+        assert "did you mean port" in refused.stderr
     assert sorted(node.pids()) == pids
     file.write_text("debug: true\n")
     assert run("restart", "--data-dir", str(node.data_dir)).returncode == 0
@@ -140,6 +261,11 @@ def test_a_hangup_reloads_the_log_level_and_stops_nothing(
     file.write_text("debug: true\n")
     node.process.send_signal(signal.SIGHUP)
     soon(lambda: node.log.read_text().count(said) == len(pids), "every process has heard it")
+    old = node.kill_role("relay")
+    soon(lambda: set(node.pids("relay")) - {old}, "the relay is started again")
+    pids = sorted(node.pids())
+    started = f"D relay __main__: started as pid {node.pids('relay')[0]}"
+    soon(lambda: started in node.log.read_text(), "the level is that of the others")
     file.write_text("prot: 1\n")
     node.process.send_signal(signal.SIGHUP)
     soon(lambda: "not reloaded" in node.log.read_text(), "a mistake is said and costs nothing")
@@ -176,5 +302,5 @@ def test_files_with_secrets_are_their_owners_alone(node: Node) -> None:
         for path in node.data_dir.rglob("*")
         if path.is_file() and path.stat().st_mode & 0o077 and "log" not in path.parts
     ]
-    assert [path.name for path in open_to_others if not path.name.endswith(".lock")] == []
+    assert open_to_others == []
     assert os.stat(node.data_dir).st_mode & 0o077 == 0

@@ -1,0 +1,91 @@
+"""The parts of a launcher, one by one."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from gpustack.cli.lock_file import LockFile, running_node
+from gpustack.errors import SettingsError
+from gpustack.lib.role import Boot
+
+
+def restart(data_dir: Path | str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "gpustack", "restart", "--data-dir", str(data_dir)],
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+
+
+def test_what_a_dead_launcher_left_is_believed_by_nobody(tmp_path: Path) -> None:
+    stranger = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    said = {"pid": stranger.pid, "life": "x", "ready": True, "refusals": 0, "refused": ""}
+    (tmp_path / "lock").write_text(json.dumps(said))
+    refused = restart(tmp_path)
+    assert refused.returncode == 1
+    assert refused.stderr == f"Error: no node runs on data directory {tmp_path}\n"
+    stranger.communicate()
+    assert stranger.returncode != -signal.SIGUSR2
+
+
+def test_a_restart_wants_a_data_directory_that_is_one() -> None:
+    refused = restart("")
+    assert refused.returncode == 1
+    assert refused.stderr == "Error: option --data-dir: want a value, got empty text\n"
+
+
+def test_a_reader_of_the_lock_file_never_sees_half_of_it(tmp_path: Path) -> None:
+    lock = LockFile(tmp_path, None)
+    done = threading.Event()
+
+    def write() -> None:
+        for number in range(2000):
+            lock.say({"life": str(number), "refused": "x" * (3000 * (number % 2))})
+        done.set()
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    while not done.is_set():
+        node = running_node(tmp_path)
+        assert node is not None
+        assert len(node["refused"]) in {0, 3000}
+    writer.join()
+    lock.release()
+    assert (tmp_path / "lock").read_bytes() == b""
+
+
+def test_a_launcher_names_itself_at_once_where_another_pid_stood(tmp_path: Path) -> None:
+    (tmp_path / "lock").write_text('{"pid": 1, "life": "x"}')
+    lock = LockFile(tmp_path, None)
+    assert lock.left_behind
+    with pytest.raises(SettingsError, match=f"pid {os.getpid()}"):
+        LockFile(tmp_path, None)
+    lock.release()
+
+
+def test_a_role_that_gives_up_on_purpose_says_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "failing.py").write_text(
+        "from gpustack.errors import SettingsError\n"
+        "async def serve(boot):\n"
+        "    raise SettingsError('the database is broken')\n"
+    )
+    run = "from gpustack.cli import role; role.ROLES['failing'] = 'failing'; role.main()"
+    done = subprocess.run(
+        [sys.executable, "-c", run, "failing"],
+        input=Boot(settings={}).line(),
+        capture_output=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])},
+        timeout=30,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert done.stderr.endswith(b"the database is broken\n")
+    assert b"Traceback" not in done.stderr
