@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from gpustack.gateway.inference import Inference
+from gpustack.gateway.inference import HELD_BYTES, Inference
 from tests.support.data_plane import AUTH, fill, gateway
 from tests.support.openai_engine import (
     DONE,
@@ -574,7 +574,9 @@ async def test_a_large_body_is_let_go_when_its_answer_begins(tmp_path: Path) -> 
     async with watch_server() as server, running(answer) as engine:
         fill(server, engine)
         async with gateway(tmp_path, server.port) as gate:
-            body = b'{"model": "m", "x": "' + b"x" * 9 * 1024 * 1024 + b'"}'
+            body = (
+                b'{"model": "m", "x": "' + b"x" * HELD_BYTES + b'"}'
+            )
             client = await Client.to(gate.port)
             client.ask("POST", "/v1/chat/completions", AUTH, body)
             assert (await client.head()).status == 200
