@@ -574,9 +574,7 @@ async def test_a_large_body_is_let_go_when_its_answer_begins(tmp_path: Path) -> 
     async with watch_server() as server, running(answer) as engine:
         fill(server, engine)
         async with gateway(tmp_path, server.port) as gate:
-            body = (
-                b'{"model": "m", "x": "' + b"x" * HELD_BYTES + b'"}'
-            )
+            body = b'{"model": "m", "x": "' + b"x" * HELD_BYTES + b'"}'
             client = await Client.to(gate.port)
             client.ask("POST", "/v1/chat/completions", AUTH, body)
             assert (await client.head()).status == 200
