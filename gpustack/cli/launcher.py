@@ -243,7 +243,8 @@ class Launcher:
         async with role.starting:  # one that is being started is told as well
             pass
         if role.name == "agent" and not role.alive and self._has_engines():
-            await role.start()  # nobody else knows how to stop them
+            if reason := await role.start():  # nobody else knows how to stop them
+                logger.error("engines are left running: no agent can be started: %s", reason)
         if role.alive:
             role.order("stop")
             await self._end(role.name, role.alive.pid, role.alive.wait())
