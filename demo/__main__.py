@@ -25,10 +25,11 @@ from demo import tiny_gguf
 from gpustack.cli.connection import connection
 from gpustack.cli.models import creation
 from gpustack.cli.waiting import until_running
-from gpustack.cli.words import give_up, line, printable, reason
+from gpustack.cli.words import give_up, line, reason
 from gpustack.client import Client
 from gpustack.errors import Conflict, NotFound
 from gpustack.lib.net import can_bind
+from gpustack.lib.text import plain
 from gpustack.schemas.credentials import ApiKeyCreate
 from gpustack.schemas.models import Model, ModelCreate
 
@@ -75,7 +76,7 @@ class Ports:
 def say(words: str = "", *, end: str = "\n") -> None:
     """Print, if somebody still reads: the node matters more than what is said about it."""
     try:
-        sys.stdout.write(printable(words) + end)
+        sys.stdout.write(plain(words) + end)
         sys.stdout.flush()
     except OSError:
         give_up(sys.stdout)
