@@ -16,7 +16,7 @@ import pytest
 from tests.e2e.conftest import MakeNode
 from tests.support.node import Node, free_ports
 from tests.support.streams import running_streams
-from tests.support.wait import soon
+from tests.support.wait import eventually, soon
 
 
 def run(*words: str) -> subprocess.CompletedProcess[str]:
@@ -159,11 +159,18 @@ def test_a_node_that_lacks_descriptors_goes_on_and_tries_again(make_node: MakeNo
 
 async def test_a_stop_after_a_restart_lets_streams_end(make_node: MakeNode, models: Path) -> None:
     node = make_node().start()
-    node.deploy("slow", models / "slow.gguf")
-    async with running_streams(node, node.api_key(), "slow"):
-        done = await asyncio.to_thread(run, "restart", "--data-dir", str(node.data_dir))
-        assert done.returncode == 0, done.stderr
+    threads = ["--threads=1", "--threads-batch=1"]
+    node.deploy("slow", models / "slow.gguf", backend_parameters=threads)
+    before = node.said()["life"]
+
+    async def replaced() -> bool:
+        return node.said().get("life") not in {None, before}
+
+    async with running_streams(node, node.api_key(), "slow") as streams:
         assert node.process is not None
+        node.process.send_signal(signal.SIGUSR2)
+        await eventually(replaced, "a new launcher took its place")
+        assert not any(stream.finish_reason for stream in streams), "too fast to test with"
         node.process.send_signal(signal.SIGTERM)
     assert await asyncio.to_thread(node.process.wait, 20) == 0
 
