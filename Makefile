@@ -3,9 +3,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 export PATH := $(abspath $(BIN)):$(PATH)
+# As many tests at a time as there are cores; those of one file one after the other.
+PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo start check format test test-slow soak build migration clean
+.PHONY: help install demo start check format test test-slow soak build bench-control docs migration clean
 
 help: ## show this
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -43,10 +45,10 @@ format: install ## format the code, mend what the linter can
 	$(BIN)/ruff check --fix .
 
 test: check ## all that a laptop can show in ten minutes
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-slow: install ## several hosts, browsers, engines that must be built
-	$(BIN)/python -m pytest -m slow --timeout 600; code=$$?; [ $$code -eq 5 ] || exit $$code
+	$(PYTEST) -m "slow and not soak" --timeout 600; code=$$?; [ $$code -eq 5 ] || exit $$code
 
 soak: install ## the full counts
 	$(BIN)/python -m pytest -m soak --timeout 36000; code=$$?; [ $$code -eq 5 ] || exit $$code
@@ -54,6 +56,12 @@ soak: install ## the full counts
 build: install ## wheel and sdist into dist/
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check build
 	$(BIN)/python -m build
+
+bench-control: install ## what a thousand workers cost the server
+	$(BIN)/python -m benchmarks.control
+
+docs: install ## the reference pages that are made from the code
+	$(BIN)/python -m gpustack.config.reference docs
 
 migration: install ## a new database migration: make migration m='add a column'
 	@[ -n "$(m)" ] || { echo "say what changes: make migration m='add a column'" >&2; exit 1; }

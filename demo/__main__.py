@@ -69,6 +69,7 @@ class Ports:
             "--port", str(self.public),
             "--api-port", str(self.first + 1),
             "--worker-port", str(self.first + 2),
+            "--disable-metrics", "--disable-worker-metrics",
             "--service-port-range", f"{self.engines[0]}-{self.engines[-1]}",
         ]  # fmt: skip
 
@@ -149,12 +150,12 @@ async def deploy(client: Client, made: ModelCreate) -> Model:
     """The model, running. One that an earlier demo left is replaced."""
     while True:
         try:
-            model = await client.create_model(made)
+            model = await client.models.create(made)
             break
         except Conflict:
-            old = await client.model_by_name(NAME)
+            old = await client.models.by_name(NAME)
             if not old.deleting:
-                await client.delete_model(old.id)
+                await client.models.delete(old.id)
             await asyncio.sleep(0.1)  # its name is free once its engines are gone
     await until_running(client, model, lambda words: say(f"  {words}"))
     return model
@@ -201,7 +202,7 @@ async def show(url: str, folder: Path, node: subprocess.Popen[bytes], made: Mode
         began = time.perf_counter()
         await deploy(client, made)
         say(f"model running after {time.perf_counter() - began:.1f} s")
-        key = await client.create_api_key(ApiKeyCreate(name=f"demo {time.time():.0f}"))
+        key = await client.api_keys.create(ApiKeyCreate(name=f"demo {time.time():.0f}"))
     await stream(url, key.value)
     say(
         f"\nURL:            {url}/v1 (OpenAI clients), model {NAME}"

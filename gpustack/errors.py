@@ -8,17 +8,24 @@
     ├── NotFound            404
     ├── Conflict            409   somebody else changed it first, or the name is taken
     ├── TooLarge            413   more bytes than this place takes
+    ├── UnsupportedMediaType 415  a body of a kind that this place does not read
     ├── Invalid             422   understood, but it contradicts itself or the cluster
     ├── EngineFailed        502   an inference engine exited or never became healthy
     ├── Unavailable         503   try again later; carries retry_after_s
     │   ├── NoReadyInstance
+    │   ├── DatabaseAway          the database cannot be used; nobody knows until when
+    │   ├── Contended             another transaction came first; nothing was changed
     │   └── TooMany         429   too many at once; the same later will do
+    ├── LeaseLost           (server only) another server leads now
     └── SettingsError       (start only) an option, variable or file says something impossible
 
 `code` is part of the wire contract: clients branch on it, so it never changes.
 """
 
-from typing import ClassVar
+from collections.abc import Callable
+from typing import Any, ClassVar, TypeVar
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 class GPUStackError(Exception):
@@ -79,6 +86,12 @@ class TooLarge(GPUStackError):
     status, code = 413, "too_large"
 
 
+class UnsupportedMediaType(GPUStackError):
+    """The body is of a kind that is not read here."""
+
+    status, code = 415, "unsupported_media_type"
+
+
 class Invalid(GPUStackError):
     """The request cannot be satisfied as written."""
 
@@ -109,13 +122,46 @@ class NoReadyInstance(Unavailable):
     code = "no_ready_instance"
 
 
+class DatabaseAway(Unavailable):
+    """The database cannot be used now; the server's log says why."""
+
+    code = "database_unavailable"
+
+
+class Contended(Unavailable):
+    """Others changed the same things at the same moment, and nothing was changed: try again."""
+
+    code = "contended"
+
+
 class TooMany(Unavailable):
     """Too many requests of this kind at once."""
 
     status, code = 429, "too_many_requests"
 
 
+class LeaseLost(GPUStackError):
+    """Another server leads now: what this one was about to write, it does not write."""
+
+    code = "lease_lost"
+
+
 class SettingsError(GPUStackError):
     """A start option has an impossible value."""
 
     code = "settings_error"
+
+
+def raises(*errors: type[GPUStackError]) -> Callable[[F], F]:
+    """Say what a route, or what a route depends on, lets out of its own; read by `raised`."""
+
+    def said(function: F) -> F:
+        function.__raises__ = (*raised(function), *errors)  # type: ignore[attr-defined]
+        return function
+
+    return said
+
+
+def raised(function: Callable[..., Any] | None) -> tuple[type[GPUStackError], ...]:
+    """What a function says that it raises."""
+    return getattr(function, "__raises__", ())

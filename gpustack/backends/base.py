@@ -50,11 +50,17 @@ class Slot:
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """A process to start. Data only: `worker.supervisor` is what runs it."""
+    """A process to start. Data only: `worker.supervisor` is what runs it.
+
+    Attributes:
+        busy_gauges: metrics at /metrics whose sum is the number of requests that it has; empty:
+            nobody can tell.
+    """
 
     argv: tuple[str, ...]
     env: Mapping[str, str] = field(default_factory=dict)
     health_path: str = "/health"
+    busy_gauges: tuple[str, ...] = ()
 
 
 class Backend(Protocol):

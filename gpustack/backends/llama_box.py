@@ -22,6 +22,8 @@ PROCESS_BYTES = 48 * MIB
 #: Tokens that llama.cpp evaluates at once (`--ubatch-size`); sizes its compute buffers.
 UBATCH_TOKENS = 512
 
+BUSY_GAUGES = ("llamacpp:requests_processing", "llamacpp:requests_deferred")
+
 #: Options that name the engine's place in the cluster; a user's value would break the routing.
 OWNED = {
     "--host", "--port", "--api-key", "--api-key-file", "--alias", "-a", "--model", "-m",
@@ -92,7 +94,9 @@ class LlamaBox:
             "--alias", slot.served_name,
             "--api-key-file", slot.secret_file,
         ]  # fmt: skip
-        return Launch(tuple(argv), env={"GGML_NO_BACKTRACE": "1", **spec.env})
+        return Launch(
+            tuple(argv), env={"GGML_NO_BACKTRACE": "1", **spec.env}, busy_gauges=BUSY_GAUGES
+        )
 
 
 def context_tokens(spec: VersionSpec, profile: Profile) -> int:

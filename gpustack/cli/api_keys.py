@@ -34,6 +34,6 @@ def create(server: Connection, name: str, description: str | None, expires_in: s
         from gpustack.schemas.credentials import ApiKeyCreate
 
         key = ApiKeyCreate(name=name, description=description, expires_in=lifetime_s)
-        return await client.create_api_key(key)
+        return await client.api_keys.create(key)
 
     click.echo(server.run(act).value)

@@ -3,11 +3,14 @@
 import importlib
 import sys
 from contextlib import suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from gpustack.cli.words import give_up, reason
+
+if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
 
 #: Exit status after Ctrl-C, as shells have it: 128 + SIGINT.
 INTERRUPTED = 130
@@ -16,12 +19,35 @@ INTERRUPTED = 130
 COMMANDS = {
     "start": ("gpustack.cli.start:start", "Start a node: a server, or a worker that joins one."),
     "restart": ("gpustack.cli.start:restart", "Replace a running node; its engines go on."),
-    "config": ("gpustack.cli.start:config", "Look at start options without starting."),
-    "models": ("gpustack.cli.models:models", "List, deploy and delete models."),
+    "reload-config": (
+        "gpustack.cli.reload_config:reload_config",
+        "Have a running node take in new settings.",
+    ),
+    "service": (
+        "gpustack.cli.service:service",
+        "Have this machine's service manager run the node.",
+    ),
+    "config": ("gpustack.cli.config:config", "Look at start options without starting."),
+    "models": ("gpustack.cli.models:models", "List, deploy, roll back and delete models."),
+    "apply": ("gpustack.cli.apply:apply", "Bring the cluster to what a file says."),
+    "diff": ("gpustack.cli.apply:diff", "Show what apply would change."),
+    "export": ("gpustack.cli.apply:export", "Write what the cluster should be to a file."),
     "instances": ("gpustack.cli.instances:instances", "List instances, read their logs."),
-    "workers": ("gpustack.cli.workers:workers", "List workers."),
+    "workers": ("gpustack.cli.workers:workers", "List workers, label them."),
     "chat": ("gpustack.cli.chat:chat", "Talk to a model."),
     "api-keys": ("gpustack.cli.api_keys:api_keys", "Create API keys."),
+    "events": ("gpustack.cli.events:events", "List what happened, why and by whom."),
+    "audit": ("gpustack.cli.audit:audit", "List who changed what, check that record."),
+    "db": ("gpustack.cli.db:db", "Back the database up, restore it."),
+    "reset-admin-password": (
+        "gpustack.cli.reset_admin_password:reset_admin_password",
+        "Give user admin a new password.",
+    ),
+    "download-tools": (
+        "gpustack.cli.download_tools:download_tools",
+        "Install llama-box, or carry it to where no network is.",
+    ),
+    "completion": ("gpustack.cli.completion:completion", "Have a shell complete commands."),
     "version": ("gpustack.cli.version:version", "Say which version this is."),
 }
 
@@ -42,6 +68,16 @@ class LazyGroup(click.Group):
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
             formatter.write_dl([(name, meaning) for name, (_, meaning) in COMMANDS.items()])
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> "list[CompletionItem]":
+        from click.shell_completion import CompletionItem
+
+        names = [
+            CompletionItem(name, help=meaning)
+            for name, (_, meaning) in COMMANDS.items()
+            if name.startswith(incomplete)
+        ]
+        return names + click.Command.shell_complete(self, ctx, incomplete)  # our own options
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         sys.exit(self._status(*args, **kwargs))

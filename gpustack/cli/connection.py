@@ -2,7 +2,6 @@
 
 import asyncio
 import functools
-import json
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +10,9 @@ from urllib.parse import urlsplit
 
 import click
 
+from gpustack.cli.lock_file import running_node
 from gpustack.cli.words import typed
-from gpustack.errors import SettingsError
+from gpustack.errors import SettingsError, Unavailable
 from gpustack.lib.net import is_loopback
 from gpustack.lib.platform import default_data_dir
 from gpustack.lib.secrets import Secret
@@ -27,10 +27,17 @@ DEFAULT_PORT = 80
 
 @dataclass(frozen=True, slots=True)
 class Connection:
-    """Where the server is, and the credential to show; None: what loopback allows."""
+    """Where the server is, and the credential to show; None: what loopback allows.
+
+    Attributes:
+        data_dir: of the server on this machine; None: a URL was given.
+        hint: what to say besides if nobody answers.
+    """
 
     url: str
     token: Secret | None
+    data_dir: Path | None = None
+    hint: str = ""
 
     def client(self) -> "Client":
         from gpustack.client import Client  # httpx and pydantic: not for --help
@@ -44,7 +51,10 @@ class Connection:
             async with self.client() as client:
                 return await act(client)
 
-        return asyncio.run(main())
+        try:
+            return asyncio.run(main())
+        except Unavailable as error:
+            raise (Unavailable(f"{error}; {self.hint}") if self.hint else error) from None
 
 
 def connection(url: str | None, token: str | None, data_dir: Path | None) -> Connection:
@@ -58,14 +68,18 @@ def connection(url: str | None, token: str | None, data_dir: Path | None) -> Con
         SettingsError: the URL is none, or the token cannot be one.
     """
     place = data_dir or default_data_dir()
+    own, hint = None, ""
     if url is None:
-        url = f"http://127.0.0.1:{_port(place)}"
+        own, port = place, _port(place)
+        if port is None:
+            hint = f"no node runs on data directory {place}: give --data-dir or --server-url"
+        url = f"http://127.0.0.1:{port or DEFAULT_PORT}"
     host = _host(url)
     if token:
         if not all("!" <= character <= "~" for character in token):
             raise SettingsError("--api-key: a key has neither spaces nor letters beyond ASCII")
-        return Connection(url, Secret(token))
-    return Connection(url, _local_admin(place) if is_loopback(host) else None)
+        return Connection(url, Secret(token), own, hint)
+    return Connection(url, _local_admin(place) if is_loopback(host) else None, own, hint)
 
 
 def _host(url: str) -> str:
@@ -79,13 +93,15 @@ def _host(url: str) -> str:
     raise SettingsError(f"--server-url: want a URL such as http://server:80, got {url!a}")
 
 
-def _port(data_dir: Path) -> int:
-    """Of the server node that runs on `data_dir`, or the port that servers have by default."""
+def _port(data_dir: Path) -> int | None:
+    """Of the server node that runs on `data_dir`, or perhaps does; None: no node runs there."""
     try:
-        said = json.loads((data_dir / "lock").read_text())
-    except (OSError, ValueError):
+        node = running_node(data_dir)
+    except OSError:  # not ours to read
         return DEFAULT_PORT
-    port = said.get("port") if isinstance(said, dict) else None
+    if node is None:
+        return None
+    port = node.get("port")
     return port if isinstance(port, int) else DEFAULT_PORT
 
 

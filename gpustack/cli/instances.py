@@ -29,7 +29,7 @@ def list_instances(server: Connection, as_json: bool) -> None:
     """List instances: the copies of each model, where they run and how they are."""
 
     async def act(client: "Client") -> "list[Instance]":
-        return await client.instances()
+        return await client.instances.list()
 
     show(
         server.run(act),
@@ -59,11 +59,11 @@ def logs(server: Connection, instance: str, follow: bool, tail: int | None) -> N
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     async def act(client: "Client") -> None:
-        every = await client.instances()
+        every = await client.instances.list()
         found = next((i for i in every if instance in (i.name, str(i.id))), None)
         if found is None:
             raise NotFound(f"no instance is called {instance}")
-        async with aclosing(client.logs(found.id, tail=tail, follow=follow)) as chunks:
+        async with aclosing(client.instances.logs(found.id, tail=tail, follow=follow)) as chunks:
             async for chunk in chunks:
                 click.echo(plain(decoder.decode(chunk)) if shown else chunk, nl=False)
 

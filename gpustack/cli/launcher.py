@@ -11,110 +11,96 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
+from gpustack.cli import activation, notify, reload_config
 from gpustack.cli.lock_file import LockFile
+from gpustack.cli.notify import Notifier
+from gpustack.cli.reload_config import Answer, request, taken_in
+from gpustack.cli.roles import Plan, Role
 from gpustack.cli.sockets import Sockets
-from gpustack.config.load import to_json
+from gpustack.config.load import hot_json
 from gpustack.config.options import Settings
 from gpustack.errors import GPUStackError, SettingsError
-from gpustack.lib import platform
+from gpustack.gateway.tls import Certificate
+from gpustack.lib import logs, platform
 from gpustack.lib.backoff import delay_s
 from gpustack.lib.net import url_host
-from gpustack.lib.role import Boot
 from gpustack.lib.secrets import new_secret
 
 logger = logging.getLogger(__name__)
 
-#: Descriptors, sockets and pids, from a launcher to the one that it becomes.
+#: Descriptors, sockets, pids and whom to notify, from a launcher to the one that it becomes.
 HANDOVER = "GPUSTACK_HANDOVER"
-#: How long each role may take to end. The sum is below systemd's 90 s.
-STOP_S = {"gateway": 30.0, "relay": 30.0, "agent": 20.0, "server": 5.0}
+#: How long each role may take to end: those that drain, longer than they let requests go on. The
+#: steps' sum is below the time that a service manager is told (`service_files`).
+STOP_S = {
+    "gateway": 35.0, "relay": 35.0, "agent": 20.0, "server": 5.0, "server+gateway": 36.0,
+    "database": 3.0,
+}  # fmt: skip
 #: A role that lived this long is not failing.
 STEADY_S = 30.0
 BACKOFF_FIRST_S, BACKOFF_LIMIT_S = 0.1, 10.0
 SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2}
 CHECK_S = 30.0
+#: What outlives a role of that name is told by these files below the data directory.
+LEFT_BEHIND = {"agent": "engines/*.json", "database": "postgres/data/postmaster.pid"}
+#: Set for whatever runs in a pod.
+KUBERNETES = "KUBERNETES_SERVICE_HOST"
 #: For the loop to carry out signals that came before they were blocked.
 HEARD_S = 0.01
+#: How the node stops, step by step: each outlives what it serves.
+STOP_STEPS = (
+    ({"gateway", "relay", "server+gateway"}, "open requests are finished"),
+    ({"agent"}, "engines are ended"),
+    ({"server", "server+gateway"}, "the server is ended"),
+    ({"database"}, "the database is ended"),
+)
 
 
-@dataclass
-class Role:
-    """One role and the process it has now.
-
-    Attributes:
-        starting: held while a process of it is being started.
-    """
-
-    name: str
-    boot: Callable[[], Boot]
-    fds: tuple[int, ...]
-    process: asyncio.subprocess.Process | None = None
-    starting: asyncio.Lock = field(default_factory=asyncio.Lock)
-
-    @property
-    def alive(self) -> asyncio.subprocess.Process | None:
-        """Its process, unless that has ended."""
-        return self.process if self.process and self.process.returncode is None else None
-
-    def order(self, word: str) -> None:
-        """Say `word` to the process, if there is one."""
-        if self.alive and self.alive.stdin:
-            with suppress(OSError, RuntimeError):
-                self.alive.stdin.write(word.encode() + b"\n")
-
-    async def start(self) -> str:
-        """Start a process; answers why that was impossible, or nothing."""
-        async with self.starting:
-            command = (sys.executable, "-m", "gpustack.cli.role", self.name)
-            try:
-                self.process = await asyncio.create_subprocess_exec(
-                    *command, stdin=asyncio.subprocess.PIPE, pass_fds=self.fds
-                )
-            except (OSError, RuntimeError) as error:  # no process, descriptor or thread is left
-                return str(error)
-            if self.process.stdin:
-                self.process.stdin.write(self.boot().line())
-            return ""
+#: Reads the settings anew; given what the running node was told beside them, by key.
+Reload = Callable[[Mapping[str, Any]], Settings]
 
 
-def run(settings: Settings, arguments: list[str], reload: Callable[[], Settings]) -> int:
+def run(settings: Settings, arguments: list[str], reload: Reload) -> int:
     """Run a node until it is told to stop. Answers the exit code.
 
     Args:
         arguments: of the command line, for our own restart.
-        reload: reads the settings anew.
     """
     # A stop must reach the launcher, not kill what it has not become yet.
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     handover: dict[str, Any] = json.loads(os.environ.pop(HANDOVER, "{}"))
+    notifier = Notifier(notify.take(os.environ) or handover.get("notify", ""))
     try:
+        given = activation.take(os.environ)
         settings.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         lock = LockFile(settings.data_dir, handover.get("lock"))
-        sockets = Sockets(settings, handover.get("sockets", {}), patient=lock.left_behind)
+        _check_certificate(settings)  # better said once, here, than by each role
+        inherited = handover.get("sockets", {})
+        sockets = Sockets(settings, inherited, given, patient=lock.left_behind)
     except SettingsError as error:
         logger.error("%s", error)  # noqa: TRY400  the sentence is for the user, a traceback not
         return 1
     except OSError as error:
         logger.error("data directory %s: %s", settings.data_dir, error.strerror)  # noqa: TRY400
         return 1
-    launcher = Launcher(settings, arguments, reload, lock, sockets)
+    if settings.is_server and settings.gateway_mode == "auto" and KUBERNETES in os.environ:
+        logger.info("--gateway-mode auto is embedded: this version has none of Kubernetes' own")
+    launcher = Launcher(settings, arguments, reload, lock, sockets, notifier)
     return asyncio.run(launcher.run(handover.get("draining", [])))
 
 
-def file_secret(path: Path) -> str:
-    """The secret in `path`, made and written (mode 0600) if it is not there."""
-    with suppress(OSError):
-        if secret := path.read_text().strip():
-            return secret
-    secret = new_secret() + new_secret()
-    platform.write_private(path, secret + "\n")
-    return secret
+def _check_certificate(settings: Settings) -> None:
+    """Log what is odd about the certificate.
+
+    Raises:
+        SettingsError: it cannot be served.
+    """
+    for warning in Certificate.check(settings):
+        logger.warning("%s", warning)
 
 
 class Launcher:
@@ -124,20 +110,23 @@ class Launcher:
         self,
         settings: Settings,
         arguments: list[str],
-        reload: Callable[[], Settings],
+        reload: Reload,
         lock: LockFile,
         sockets: Sockets,
+        notifier: Notifier,
     ) -> None:
         self._settings = settings
         self._arguments = arguments
         self._reload = reload
+        self._overrides: dict[str, Any] = {}
         self._lock = lock
         self._sockets = sockets
+        self._notifier = notifier
         self._life = new_secret()[:8]
         self._ready = False
         self._refused, self._refusals = "", 0
         self._draining: set[int] = set()
-        self._roles = list(self._plan())
+        self._roles = list(Plan(lambda: self._settings, sockets).roles())
         self._stop = asyncio.Event()
         self._restart = asyncio.Event()
         self._impatient = asyncio.Event()
@@ -161,61 +150,21 @@ class Launcher:
 
     # --- what runs -------------------------------------------------------------------------
 
-    def _plan(self) -> Iterator[Role]:
-        """The roles of this node, in the order of their importance for being ready."""
-        settings, sockets = self._settings, self._sockets
-        join_token = settings.token.reveal() if settings.token else ""
-        if settings.is_server:
-            gateway = file_secret(settings.data_dir / "gateway_credential")
-            local_admin = file_secret(settings.data_dir / "local_admin")
-            join_token = new_secret()
-            yield self._role(
-                "server",
-                ("api",),
-                gateway_credential=gateway,
-                local_admin=local_admin,
-                join_token=join_token,
-            )
-            processes = min(settings.gateway_concurrency, os.cpu_count() or 1)
-            counts = _shared_table(settings.data_dir)
-            for index in range(processes):
-                yield self._role(
-                    "gateway",
-                    ("public",),
-                    counts,
-                    index=index,
-                    processes=processes,
-                    counts_fd=counts,
-                    gateway_credential=gateway,
-                    api_port=settings.api_port,
-                )
-        if settings.has_worker:
-            url = settings.server_url or f"http://127.0.0.1:{settings.api_port}"
-            yield self._role("agent", ("agent",), server_url=url, join_token=join_token)
-            yield self._role("relay", ("worker",), agent_port=sockets.port("agent"))
-
-    def _role(self, name: str, listens: tuple[str, ...], *fds: int, **extra: Any) -> Role:
-        numbers = {socket_name: self._sockets.fileno(socket_name) for socket_name in listens}
-
-        def boot() -> Boot:  # the settings of that moment
-            return Boot(settings=to_json(self._settings), sockets=numbers, extra=extra)
-
-        return Role(name, boot, (*numbers.values(), *fds))
-
     async def _keep(self, role: Role) -> None:
         """Start `role`, and again whenever it ends without having been told to."""
         failures = 0
         while not self._stop.is_set():
             began = time.monotonic()
-            reason = await role.start() or await _end_of(role)
+            reason = await role.start() or await role.end()
             if self._stop.is_set():
                 break
             failures = 1 if time.monotonic() - began > STEADY_S else failures + 1
             # The first restart does not wait: what depends on this role does.
             pause_s = delay_s(failures - 1, first_s=BACKOFF_FIRST_S, limit_s=BACKOFF_LIMIT_S)
-            logger.warning(
-                "%s ended (%s); it is started again in %.1f s", role.name, reason, pause_s
-            )
+            said = f"{role.name} ended ({reason}); it is started again in {pause_s:.1f} s"
+            logger.warning(said)
+            if not self._ready:
+                self._notifier.status(f"starting: {said}")
             await asyncio.sleep(pause_s)
 
     async def _reap(self, pid: int) -> None:
@@ -228,8 +177,8 @@ class Launcher:
     # --- how it ends -----------------------------------------------------------------------
 
     async def _stop_roles(self) -> None:
-        """Gateways drain, then engines stop, then the server: each outlives what it serves."""
-        for names in ({"gateway", "relay"}, {"agent"}, {"server"}):
+        for names, what in STOP_STEPS:
+            self._notifier.stopping(f"stopping: {what}")
             async with asyncio.TaskGroup() as step:
                 for role in self._roles:
                     if role.name in names:
@@ -242,23 +191,24 @@ class Launcher:
     async def _stop_role(self, role: Role) -> None:
         async with role.starting:  # one that is being started is told as well
             pass
-        if role.name == "agent" and not role.alive and self._has_engines():
-            if reason := await role.start():  # nobody else knows how to stop them
-                logger.error("engines are left running: no agent can be started: %s", reason)
+        if not role.alive and self._has_left_something(role.name):
+            if reason := await role.start():  # nobody else knows how to stop it
+                logger.error("what it started goes on: no %s can run: %s", role.name, reason)
         if role.alive:
             role.order("stop")
-            await self._end(role.name, role.alive.pid, role.alive.wait())
+            await self._end(role.name, role.alive.pid, role.stopped())
 
-    def _has_engines(self) -> bool:
-        """Whether an agent, of this life or another, has left engines."""
-        return any((self._settings.data_dir / "engines").glob("*.json"))
+    def _has_left_something(self, name: str) -> bool:
+        """Whether a role that has ended, in this life or another, has left what it started."""
+        left = LEFT_BEHIND.get(name)
+        return left is not None and any(self._settings.data_dir.glob(left))
 
     async def _end(self, name: str, pid: int, gone: Coroutine[Any, Any, Any]) -> None:
         """Return when the process is gone; killed when its time is up or we are in a hurry."""
         ended = asyncio.ensure_future(gone)
         hurry = asyncio.ensure_future(self._impatient.wait())
-        # In a hurry the agent still stops its engines: nothing may stay behind.
-        first = {ended} if name == "agent" else {ended, hurry}
+        # Also in a hurry nothing may stay behind that outlives its role.
+        first = {ended} if name in LEFT_BEHIND else {ended, hurry}
         await asyncio.wait(first, timeout=STOP_S[name], return_when=asyncio.FIRST_COMPLETED)
         hurry.cancel()
         if not ended.done():
@@ -275,28 +225,45 @@ class Launcher:
                 self._impatient.set()
             self._stop.set()
 
-        def reload() -> None:
-            """Apply what can change while running: the log level."""
-            try:
-                self._settings = replace(self._settings, debug=self._reload().debug)
-            except GPUStackError as error:
-                logger.error("not reloaded: %s", error)  # noqa: TRY400
-                return
-            level = "DEBUG" if self._settings.debug else "INFO"
-            logging.getLogger().setLevel(level)
-            for role in self._roles:
-                role.order(f"level {level}")
-            logger.info("log level is now %s", level)
-
         handlers = {
             signal.SIGTERM: stop,
             signal.SIGINT: stop,
-            signal.SIGHUP: reload,
+            signal.SIGHUP: self._take_in,
             signal.SIGUSR2: self._restart.set,
         }
         for number, handler in handlers.items():
             loop.add_signal_handler(number, handler)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # before any child could inherit it
+
+    def _take_in(self) -> None:
+        """Apply what can change while running, and answer whoever asked for it."""
+        serving = self._ready and not self._stop.is_set()
+        if serving:
+            self._notifier.reloading("reloading")
+        outcome, who, answer = self._where, "", Answer()
+        try:
+            who, asked = request(self._settings.data_dir)
+            every = self._overrides | asked
+            overrides = {key: value for key, value in every.items() if value is not None}
+            fresh = self._reload(overrides)
+            _check_certificate(self._settings)  # its files are read again as well
+            self._overrides = overrides
+            self._settings, answer = taken_in(self._settings, fresh)
+        except GPUStackError as error:
+            answer = Answer(problem=str(error))
+            logger.error("not reloaded: %s", error)  # noqa: TRY400
+            outcome = f"{outcome}; not reloaded: {error}"
+        else:
+            logs.set_level(debug=self._settings.debug)
+            for role in self._roles:
+                role.order(f"reload {json.dumps(hot_json(self._settings))}")
+            logger.info("reloaded; changed: %s", ", ".join(answer.changed) or "nothing")
+            if answer.waiting:
+                logger.warning("changed, and needs a restart: %s", ", ".join(answer.waiting))
+        if who:
+            reload_config.answer(self._settings.data_dir, who, answer)
+        if serving:
+            self._notifier.ready(outcome)
 
     # --- how it is replaced ----------------------------------------------------------------
 
@@ -305,17 +272,22 @@ class Launcher:
         while True:
             await self._restart.wait()
             self._restart.clear()
+            if self._ready:
+                self._notifier.reloading("restarting")
             try:
                 await self._check()
-                settings = self._reload()
+                settings = self._reload({})
                 if settings.data_dir != self._settings.data_dir:
                     raise SettingsError("--data-dir cannot change while the node runs")
+                _check_certificate(settings)
                 with self._sockets.handed_over(settings) as sockets:
                     await self._exec(sockets)
             except (GPUStackError, OSError) as error:
                 self._refused, self._refusals = str(error), self._refusals + 1
                 logger.error("not restarted: %s", error)  # noqa: TRY400
                 self._say()
+                if self._ready and not self._stop.is_set():
+                    self._notifier.ready(f"{self._where}; not restarted: {error}")
 
     async def _check(self) -> None:
         """Have the program that is installed now check the settings.
@@ -352,9 +324,13 @@ class Launcher:
                 return
             pids = {role.alive.pid for role in self._roles if role.alive} | self._draining
             lock = self._lock.hand_over()
-            os.environ[HANDOVER] = json.dumps(
-                {"lock": lock, "sockets": sockets, "draining": [*pids]}
-            )
+            handover = {
+                "lock": lock,
+                "sockets": sockets,
+                "draining": [*pids],
+                "notify": self._notifier.address,
+            }
+            os.environ[HANDOVER] = json.dumps(handover)
             logger.info("restarting")
             os.execv(  # noqa: S606  our own interpreter and module
                 sys.executable, [sys.executable, "-m", "gpustack", "start", *self._arguments]
@@ -377,28 +353,31 @@ class Launcher:
         }
         self._lock.say(said)
 
+    @property
+    def _where(self) -> str:
+        """What this node is, for people to read."""
+        if not self._settings.is_server:
+            return f"worker of {self._settings.server_url}"
+        places = []
+        for name, scheme in (("public", "http"), ("tls", "https")):
+            if name in self._sockets:
+                host, port = self._sockets.reachable(name)
+                places.append(f"{scheme}://{url_host(host)}:{port}")
+        return f"serving at {' and '.join(places)}"
+
     async def _announce(self) -> None:
         """Say when the node answers, and where."""
-        name = "public" if self._settings.is_server else "worker"
-        host, port = self._sockets.address(name)
-        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-        while not await _answers(host, port):  # noqa: ASYNC110  another process's readiness
+        self._notifier.status("starting")
+        address = self._sockets.reachable("public" if self._settings.is_server else "worker")
+        while not await _answers(*address):  # noqa: ASYNC110  another process's readiness
             await asyncio.sleep(0.05)
         self._ready = True
         self._say()
-        if self._settings.is_server:
-            logger.info("gpustack is ready at http://%s:%d", url_host(host), port)
-            password = self._settings.data_dir / "initial_admin_password"
-            if password.exists():
-                logger.info("user admin's password, unless it was changed, is in %s", password)
-        else:
-            logger.info("worker is ready for %s", self._settings.server_url)
-
-
-async def _end_of(role: Role) -> str:
-    """How the process of `role` ended, once it has."""
-    code = await role.process.wait() if role.process else 0
-    return f"signal {-code}" if code < 0 else f"exit code {code}"
+        self._notifier.ready(self._where)
+        logger.info("gpustack is ready: %s", self._where)
+        password = self._settings.data_dir / "initial_admin_password"
+        if self._settings.is_server and password.exists():
+            logger.info("user admin's password, unless it was changed, is in %s", password)
 
 
 async def _answers(host: str, port: int) -> bool:
@@ -412,14 +391,3 @@ async def _answers(host: str, port: int) -> bool:
             return b" 200 " in status
     except (OSError, TimeoutError):
         return False
-
-
-def _shared_table(data_dir: Path) -> int:
-    """A new, empty file that the gateway processes of this life share, open and already unlinked.
-
-    Those of the life before keep theirs.
-    """
-    path = data_dir / f".counts-{new_secret()[:8]}"
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
-    path.unlink()
-    return fd

@@ -15,6 +15,12 @@ from gpustack.lib import platform
 
 #: How long a launcher that holds the lock may take until it has said who it is.
 SILENT_S = 10.0
+#: How long others may hold the lock only to look.
+LOOK_S = 0.2
+
+
+class AlreadyRuns(SettingsError):
+    """A launcher holds the lock."""
 
 
 class LockFile:
@@ -28,7 +34,8 @@ class LockFile:
             roles may still be on their way out.
 
     Raises:
-        SettingsError: another launcher holds it; names its pid.
+        AlreadyRuns: another launcher holds it; names its pid.
+        SettingsError: a command that says what it is doing holds it.
     """
 
     def __init__(self, data_dir: Path, inherited: int | None) -> None:
@@ -39,15 +46,11 @@ class LockFile:
             return
         fd = os.open(data_dir / "lock", os.O_RDWR | os.O_CREAT, 0o600)
         self._file = os.fdopen(fd, "r+b", buffering=0)
-        held = platform.lock(self._file)
+        held = _locked(self._file)
         content = self._file.read().strip()
         if not held:
             self._file.close()
-            raise SettingsError(
-                f"gpustack already runs on data directory {data_dir}: "
-                f"pid {_parsed(content).get('pid', 'unknown')}. "
-                "Stop it first, or give another --data-dir"
-            )
+            raise _held(data_dir, _parsed(content))
         if content:
             self.left_behind = True
             self.say({"pid": os.getpid()})  # at once: nobody may signal the pid that stood here
@@ -68,6 +71,29 @@ class LockFile:
         return self._file.fileno()
 
 
+def _held(data_dir: Path, said: dict[str, Any]) -> SettingsError:
+    pid = said.get("pid", "unknown")
+    if "doing" in said:
+        return SettingsError(
+            f"`gpustack {said['doing']}` is at work on data directory {data_dir}: pid {pid}. "
+            "Try again when it has ended"
+        )
+    return AlreadyRuns(
+        f"gpustack already runs on data directory {data_dir}: pid {pid}. "
+        "Stop it first, or give another --data-dir"
+    )
+
+
+def _locked(file: IO[bytes]) -> bool:
+    """Take the lock; waits for those who have it for a moment, to see whether anybody does."""
+    deadline = time.monotonic() + LOOK_S
+    while not platform.lock(file):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.01)
+    return True
+
+
 def running_node(data_dir: Path) -> dict[str, Any] | None:
     """What the launcher that holds the lock says of itself; None: nobody holds it.
 
@@ -75,11 +101,12 @@ def running_node(data_dir: Path) -> dict[str, Any] | None:
         OSError: the file may not be read.
         SettingsError: the holder has said nothing for `SILENT_S`.
     """
+    said: dict[str, Any] = {}
     deadline = time.monotonic() + SILENT_S
     while time.monotonic() < deadline:
         try:
             with (data_dir / "lock").open("rb") as file:
-                if platform.lock(file):
+                if platform.lock(file, shared=True):  # so that those who look do not see each other
                     return None
                 said = _parsed(file.read())
         except FileNotFoundError:
@@ -87,6 +114,8 @@ def running_node(data_dir: Path) -> dict[str, Any] | None:
         if "life" in said:
             return said
         time.sleep(0.02)
+    if "doing" in said:
+        raise _held(data_dir, said)
     raise SettingsError(f"the node on data directory {data_dir} is still starting; see its log")
 
 

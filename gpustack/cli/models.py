@@ -1,4 +1,4 @@
-"""`gpustack models`: list, deploy, delete."""
+"""`gpustack models`: list, deploy, roll back, delete."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,14 +12,14 @@ from gpustack.errors import Invalid
 
 if TYPE_CHECKING:
     from gpustack.client import Client
-    from gpustack.schemas.models import Model, ModelCreate
+    from gpustack.schemas.models import Model, ModelCreate, ModelVersion
 
 CATEGORIES = ("llm", "embedding", "reranker")
 
 
 @click.group()
 def models() -> None:
-    """List, deploy and delete models."""
+    """List, deploy, roll back and delete models."""
 
 
 @models.command("list")
@@ -29,7 +29,7 @@ def list_models(server: Connection, as_json: bool) -> None:
     """List models: what was deployed, and how much of it answers."""
 
     async def act(client: "Client") -> "list[Model]":
-        return await client.models()
+        return await client.models.list()
 
     show(
         server.run(act),
@@ -44,6 +44,8 @@ def _state(model: "Model") -> str:
         return "deleting"
     if model.state_message:
         return model.state_message
+    if len(model.rollout.versions) > 1:
+        return "rolling"
     return "running" if model.ready_replicas >= model.replicas else "starting"
 
 
@@ -73,7 +75,7 @@ def deploy(
     made = creation(name, source, variables, **spec)
 
     async def act(client: "Client") -> None:
-        model = await client.create_model(made)
+        model = await client.models.create(made)
         click.echo(f"model {line(model.name)} is deployed", err=True)
         if wait:
             from gpustack.cli.waiting import until_running
@@ -92,7 +94,7 @@ def creation(
         Invalid: it contradicts itself, or lacks something.
         ValidationError: a value is impossible.
     """
-    from gpustack.schemas.models import ModelCreate
+    from gpustack.schemas.models import ModelCreate, Source
 
     places = ("local_path", "huggingface_repo_id", "huggingface_filename")
     given = {key: value for key in places if (value := spec.pop(key, None)) is not None}
@@ -109,8 +111,12 @@ def creation(
         raise Invalid(f"--env: want NAME=VALUE, got {wrong!r}")
     if "local_path" in given:
         given["local_path"] = _whole(given["local_path"])
-    kind = "local_path" if "local_path" in given else "huggingface"
-    return ModelCreate(name=name, source=kind, env=env, **given, **spec)
+    kind = Source.LOCAL_PATH if "local_path" in given else Source.HUGGING_FACE
+    # What may be given several times comes as tuples, and a body has lists.
+    more: dict[str, Any] = {
+        key: list(value) if isinstance(value, tuple) else value for key, value in spec.items()
+    }
+    return ModelCreate(name=name, source=kind, env=env, **given, **more)
 
 
 def _whole(path: str) -> str:
@@ -143,15 +149,57 @@ def _source_fields(source: str) -> dict[str, str]:
 
 
 @models.command()
+@click.argument("name")
+@as_json
+@connected
+def versions(server: Connection, name: str, as_json: bool) -> None:
+    """List what instances of NAME were started from, the newest first."""
+
+    async def act(client: "Client") -> "list[ModelVersion]":
+        return await client.models.versions((await client.models.by_name(name)).id)
+
+    show(
+        server.run(act),
+        ("GENERATION", "WANTED", "CREATED", "SOURCE", "PARAMETERS"),
+        lambda v: (
+            v.generation,
+            "yes" if v.wanted else "",
+            f"{v.created_at:%Y-%m-%d %H:%M:%S}",
+            v.spec.location,
+            " ".join(v.spec.backend_parameters),
+        ),
+        as_json=as_json,
+    )
+
+
+@models.command()
+@click.argument("name")
+@click.option("--to", type=click.IntRange(1, 2**31 - 1), metavar="GENERATION",
+              help="Which version; by default the newest that says something else.")  # fmt: skip
+@connected
+def rollback(server: Connection, name: str, to: int | None) -> None:
+    """Run an earlier version of NAME again; `models versions` lists them.
+
+    Instances of another version are replaced one by one.
+    """
+
+    async def act(client: "Client") -> "Model":
+        return await client.models.roll_back((await client.models.by_name(name)).id, to)
+
+    model = server.run(act)
+    click.echo(f"model {line(model.name)} is at generation {model.generation}", err=True)
+
+
+@models.command()
 @click.argument("names", nargs=-1, required=True, metavar="NAME…")
 @connected
 def delete(server: Connection, names: tuple[str, ...]) -> None:
     """Delete models; their engines are stopped."""
 
     async def act(client: "Client") -> None:
-        found = [await client.model_by_name(name) for name in names]  # all of them, or none
+        found = [await client.models.by_name(name) for name in names]  # all of them, or none
         for model in found:
-            await client.delete_model(model.id)
+            await client.models.delete(model.id)
             click.echo(f"model {line(model.name)} is being deleted", err=True)
 
     server.run(act)

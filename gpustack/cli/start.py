@@ -1,20 +1,27 @@
-"""`gpustack start`, `gpustack restart`, `gpustack config`: the node on this machine."""
+"""`gpustack start`, `gpustack restart`: the node on this machine."""
 
+import logging
 import os
 import signal
 import sys
 import time
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from gpustack.cli.lock_file import running_node
-from gpustack.config.load import load
-from gpustack.config.options import Option, Settings, defaults, options
+from gpustack.cli.here import here, node_on, place
+from gpustack.config import load
+from gpustack.config.load import Loaded
+from gpustack.config.options import Option, Settings, defaults, options, shown_default
 from gpustack.errors import SettingsError
 from gpustack.lib import logs
+
+if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
+
+logger = logging.getLogger(__name__)
 
 HEADINGS = {"common": "Common options", "server": "Server options", "worker": "Worker options"}
 RESTART_TIMEOUT_S = 60.0
@@ -28,46 +35,69 @@ class StartCommand(click.Command):
             rows = [_help_row(known) for known in options() if known.group == group]
             with formatter.section(heading):
                 formatter.write_dl(rows)
+        table = {known.key for known in options()}
+        others = [one.get_help_record(ctx) for one in self.get_params(ctx) if one.name not in table]
+        with formatter.section("Other options"):
+            formatter.write_dl([row for row in others if row])
 
 
 def start_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Give `command` every start option; it is called with those that were given, by key."""
     for known in reversed(list(options())):
-        names = (known.flag, *known.aliases, known.key)
+        names = (known.flag, *known.aliases_on(sys.platform), known.key)
+        # Help is made from the table, under its headings; this one is what shells show.
+        more: dict[str, Any] = {"help": known.meaning.en}
         if known.kind == "bool":
-            parameter = click.option(*names, is_flag=True, default=None)
-        elif known.kind == "list":
-            parameter = click.option(*names, multiple=True, type=str)
+            more |= {"is_flag": True, "default": None}
+        elif known.repeatable:
+            more |= {"multiple": True, "type": str}
         else:
-            parameter = click.option(*names, type=str, default=None)
-        command = parameter(command)
+            more |= {"type": str, "default": None, "shell_complete": _completer(known)}
+        command = click.option(*names, **more)(command)
     return command
 
 
+def _completer(known: Option) -> Callable[..., "list[CompletionItem]"]:
+    """What a shell offers as the option's value; what is typed is checked elsewhere."""
+
+    def complete(_: Any, __: Any, incomplete: str) -> "list[CompletionItem]":
+        from click.shell_completion import CompletionItem
+
+        if known.kind == "path":
+            return [CompletionItem(incomplete, type="file")]
+        return [CompletionItem(one) for one in known.choices if one.startswith(incomplete)]
+
+    return complete
+
+
 def _help_row(known: Option) -> tuple[str, str]:
-    names = ", ".join((*known.aliases, known.flag))
-    if known.kind != "bool":
-        names += f" {known.kind.upper()}"
-    default = known.shown_default
-    if default is None and (plain := defaults()[known.key]) not in (None, False, ()):
-        default = str(plain)
+    plain = defaults()[known.key]
+    default = known.shown_default.en if known.shown_default else shown_default(plain)
+    meaning = known.meaning.en
+    if known.choices:
+        meaning += f" One of {', '.join(known.choices)}."
+    if known.deprecated:
+        meaning += f" Deprecated: use {known.deprecated}."
     suffix = f"  [default: {default}]" if default else ""
-    return names, f"{known.meaning}{suffix}"
+    return known.usage(sys.platform), f"{meaning}{suffix}"
 
 
-def settings_from(given: dict[str, Any]) -> Settings:
-    """The effective settings.
+def loaded_from(
+    given: dict[str, Any], overrides: Mapping[str, Any] = MappingProxyType({})
+) -> Loaded:
+    """The effective settings; `overrides` are what the running node was told.
 
     Raises:
         SettingsError: some of them are impossible.
     """
-    return load({key: value for key, value in given.items() if value not in (None, ())}, os.environ)
+    flags = {key: value for key, value in given.items() if value not in (None, ())}
+    return load.load(flags, os.environ, overrides)
 
 
-def settings_or_exit(given: dict[str, Any]) -> Settings:
-    """The effective settings, or exit 1 with one sentence."""
+def loaded_or_exit(given: dict[str, Any]) -> Loaded:
+    """The effective settings, or exit 1 with a line for each mistake."""
     try:
-        return settings_from(given)
+        return loaded_from(given)
     except SettingsError as error:
         raise click.ClickException(str(error)) from None
 
@@ -76,36 +106,28 @@ def settings_or_exit(given: dict[str, Any]) -> Settings:
 @start_options
 def start(**given: Any) -> None:
     """Start a node: a server with its worker, or with --server-url a worker alone."""
-    settings = settings_or_exit(given)
-    logs.setup("launcher", debug=settings.debug)
+    loaded = loaded_or_exit(given)
+    logs.setup("launcher", debug=loaded.settings.debug)
+    for warning in loaded.warnings:
+        logger.warning("%s", warning)
     from gpustack.cli.launcher import run  # help needs none of it
 
-    sys.exit(run(settings, sys.argv[2:], lambda: settings_from(given)))
+    def reload(overrides: Mapping[str, Any]) -> Settings:
+        return loaded_from(given, overrides).settings
 
-
-@click.group()
-def config() -> None:
-    """Look at start options without starting."""
-
-
-@config.command(cls=StartCommand)
-@start_options
-def check(**given: Any) -> None:
-    """Check start options, the environment and the config file; start nothing."""
-    settings_or_exit(given)
+    sys.exit(run(loaded.settings, sys.argv[2:], reload))
 
 
 @click.command()
-@click.option("--data-dir", type=str, envvar="GPUSTACK_DATA_DIR")
-def restart(data_dir: str | None) -> None:
+@here
+def restart(**given: str | None) -> None:
     """Replace a running node's processes; its engines and open streams go on."""
-    given = {} if data_dir is None else {"data_dir": data_dir}
-    place = load(given, {}).data_dir
-    before = _running_node(place)
+    data_dir = place(given)
+    before = node_on(data_dir)
     os.kill(before["pid"], signal.SIGUSR2)
     deadline = time.monotonic() + RESTART_TIMEOUT_S
     while time.monotonic() < deadline:
-        now = _running_node(place)
+        now = node_on(data_dir)
         if now["life"] == before["life"]:
             if now["refusals"] != before["refusals"]:
                 raise SettingsError(f"not restarted: {now['refused']}")
@@ -116,10 +138,3 @@ def restart(data_dir: str | None) -> None:
     raise SettingsError(
         f"pid {before['pid']} has not restarted within {RESTART_TIMEOUT_S:g} s; see its log"
     )
-
-
-def _running_node(data_dir: Path) -> dict[str, Any]:
-    said = running_node(data_dir)
-    if said is None:
-        raise SettingsError(f"no node runs on data directory {data_dir}")
-    return said

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterable, Sequence
+from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -26,6 +27,11 @@ def show(
         click.echo(json.dumps([one.model_dump(mode="json") for one in objects], indent=2))
     else:
         click.echo(aligned([columns, *([str(cell) for cell in row(one)] for one in objects)]))
+
+
+def local_time(time: datetime) -> str:
+    """A time as clocks here show it."""
+    return time.astimezone().strftime("%Y-%m-%d %H:%M:%S")
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:

@@ -8,9 +8,11 @@ from gpustack.errors import GPUStackError, Unavailable
 
 
 def _tree(root: type[GPUStackError]) -> Iterator[type[GPUStackError]]:
+    """What is below `root` on the wire; a module's own subclasses have their parents' codes."""
     for child in root.__subclasses__():
-        yield child
-        yield from _tree(child)
+        if child.__module__ == root.__module__:
+            yield child
+            yield from _tree(child)
 
 
 #: `code` is contract; a status alone comes from something that stands in between.

@@ -1,46 +1,191 @@
 """Build `Settings`: command line over environment over YAML file over default."""
 
-import difflib
-import re
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
-from gpustack.config import values
-from gpustack.config.options import Option, Settings, defaults, options
+from gpustack.config import checks, file, values
+from gpustack.config.option import Option
+from gpustack.config.options import FILE_KEYS, WAITING, Settings, defaults, options
 from gpustack.errors import SettingsError
 from gpustack.lib.platform import default_data_dir
 from gpustack.lib.secrets import Secret
 
+#: Where a value comes from that nobody gave.
+DEFAULT = "default"
 
-def load(flags: Mapping[str, Any], environment: Mapping[str, str]) -> Settings:
+
+@dataclass(frozen=True)
+class Loaded:
+    """Settings, and what is worth saying of them.
+
+    Attributes:
+        origins: by key, for what was given: the flag, variable, or file and line.
+        warnings: sentences on what works and should be written otherwise, or does not work yet.
+    """
+
+    settings: Settings
+    origins: Mapping[str, str]
+    warnings: tuple[str, ...]
+
+
+def load(
+    flags: Mapping[str, Any],
+    environment: Mapping[str, str],
+    overrides: Mapping[str, Any] = MappingProxyType({}),
+) -> Loaded:
     """The effective settings.
 
     Args:
         flags: what the command line gave, by key; an absent key was not given.
         environment: of the process.
+        overrides: what the running node was told later; they win.
 
     Raises:
-        SettingsError: names the option, where the value came from and what would be right.
+        SettingsError: a line for each mistake; it names the option, where the value came from
+            and what would be right.
     """
-    table = {known.key: known for known in options()}
-    given: dict[str, Any] = {}
-    config_file = _told(table["config_file"], flags, environment)
-    if config_file is not None:
-        given |= _read_file(config_file, table)
-    for known in table.values():
-        if (value := _told(known, flags, environment)) is not None:
-            given[known.key] = value
-    settings = _completed(given)
-    _check(settings)
-    return settings
+    given = _Given({known.key: known for known in options()})
+    given.read(flags, environment, overrides)
+    given.replace_older_names()
+    settings = _completed(given.found)
+    problems = given.problems or [
+        *checks.contradictions(settings, given.origins),
+        *checks.unusable(settings, given.origins),
+    ]
+    if problems:
+        raise SettingsError("\n".join(problems))
+    given.warn_of_what_waits()
+    return Loaded(settings, given.origins, tuple(given.warnings))
+
+
+def data_dir(flags: Mapping[str, Any], environment: Mapping[str, str]) -> Path:
+    """The state directory of the node that is started so; no other option is looked at.
+
+    Raises:
+        SettingsError: they name none, or the config file that might cannot be read.
+    """
+    given = _Given({known.key: known for known in options()})
+    given.read_place(flags, environment)
+    if given.problems:
+        raise SettingsError("\n".join(given.problems))
+    return Path(given.found.get("data_dir") or default_data_dir())
+
+
+class _Given:
+    """What was given, and by whom."""
+
+    def __init__(self, table: Mapping[str, Option]) -> None:
+        self._table = table
+        self.found: dict[str, Any] = {}
+        self.origins: dict[str, str] = {}
+        self.warnings: list[str] = []
+        self.problems: list[str] = []
+
+    def read(
+        self,
+        flags: Mapping[str, Any],
+        environment: Mapping[str, str],
+        overrides: Mapping[str, Any],
+    ) -> None:
+        told = {key: self._told(known, flags, environment) for key, known in self._table.items()}
+        if config_file := told["config_file"]:
+            self._take("config_file", *config_file)
+            if path := self.found.get("config_file"):
+                self._read_file(path)
+        for key, said in told.items():
+            if said is not None and key != "config_file":
+                self._take(key, *said)
+        for key, raw in overrides.items():
+            self._take(key, raw, f"reload-config, key {key}")
+
+    def read_place(self, flags: Mapping[str, Any], environment: Mapping[str, str]) -> None:
+        """The data directory alone, where it is named first."""
+        for key in ("data_dir", "config_file"):
+            said = self._told(self._table[key], flags, environment)
+            if said is None:
+                continue
+            self._take(key, *said)
+            if key == "data_dir":
+                return
+        if path := self.found.get("config_file"):
+            content = file.read(path, self._table.keys() | FILE_KEYS, {"data_dir"})
+            if line := content.lines.get("data_dir"):
+                self._take("data_dir", line.value, line.origin)
+
+    def _told(
+        self, known: Option, flags: Mapping[str, Any], environment: Mapping[str, str]
+    ) -> tuple[Any, str] | None:
+        """What the command line or else the environment says of an option; None: nothing.
+
+        A variable that is set to nothing is not set.
+        """
+        if known.key in flags:
+            return flags[known.key], f"option {known.flag}"
+        for name in known.environment:
+            if environment.get(name):
+                return environment[name], f"environment variable {name}"
+        return None
+
+    def _read_file(self, path: Any) -> None:
+        try:
+            known = {*self._table, *FILE_KEYS} - {"config_file"}
+            texts = {key for key, option in self._table.items() if not option.is_structured}
+            content = file.read(path, known, texts)
+        except SettingsError as error:
+            self.problems.append(str(error))
+            return
+        self.problems += content.problems
+        for key, line in content.lines.items():
+            self._take(key, line.value, line.origin)
+
+    def _take(self, key: str, raw: Any, origin: str) -> None:
+        known = self._table.get(key)
+        kind = known.kind if known else "json"
+        try:
+            value = values.parse(kind, raw)
+            if known and known.choices and value not in known.choices:
+                wanted = ", ".join(known.choices)
+                raise ValueError(f"want one of {wanted}, got {values.shown(raw)}")  # noqa: TRY301
+        except ValueError as error:
+            # The parser quotes what it got; a secret must not be.
+            why = "want text that is not empty" if kind == "secret" else error
+            self.problems.append(f"{origin}: {why}")
+            return
+        self.found[key], self.origins[key] = value, origin
+        self.warnings += [f"{origin}: {word}" for word in values.outdated(kind, raw)]
+
+    def replace_older_names(self) -> None:
+        """Move what came under an older name to the newer one, unless that was given too."""
+        for key, known in self._table.items():
+            if known.deprecated and key in self.found:
+                newer = known.deprecated[2:].replace("-", "_")
+                self.warnings.append(f"{self.origins[key]}: deprecated, use {known.deprecated}")
+                self._move(key, newer)
+        if "server_url" in self.found:
+            # A worker alone has metrics of one kind; a config file of v0.6 gave them these names.
+            self._move("metrics_port", "worker_metrics_port")
+            self._move("disable_metrics", "disable_worker_metrics")
+
+    def _move(self, older: str, newer: str) -> None:
+        value, origin = self.found.pop(older, None), self.origins.pop(older, "")
+        if value is not None and newer not in self.found:
+            self.found[newer], self.origins[newer] = value, origin
+
+    def warn_of_what_waits(self) -> None:
+        unset = defaults()
+        for key in sorted(WAITING & self.found.keys()):
+            if self.found[key] != unset[key]:
+                self.warnings.append(f"{self.origins[key]}: has no effect in this version yet")
 
 
 def from_json(raw: Mapping[str, Any]) -> Settings:
     """The settings that `to_json` wrote."""
-    table = {known.key: known for known in options()}
+    kinds = {known.key: known.kind for known in options()}
     parsed: dict[str, Any] = {
-        key: None if value is None else values.parse(table[key].kind, value)
+        key: None if value is None else values.parse(kinds.get(key, "json"), value)
         for key, value in raw.items()
     }
     return Settings(**parsed)
@@ -48,64 +193,21 @@ def from_json(raw: Mapping[str, Any]) -> Settings:
 
 def to_json(settings: Settings) -> dict[str, Any]:
     """For a role's pipe: secrets are in it."""
-    return {known.key: values.to_json(getattr(settings, known.key)) for known in options()}
+    return {key: values.to_json(getattr(settings, key)) for key in defaults()}
 
 
-def _told(known: Option, flags: Mapping[str, Any], environment: Mapping[str, str]) -> Any:
-    """What the command line or else the environment says of an option; None: nothing.
-
-    A variable that is set to nothing is not set.
-    """
-    if known.key in flags:
-        return _parsed(known, flags[known.key], f"option {known.flag}")
-    for name in known.environment:
-        if environment.get(name):
-            return _parsed(known, environment[name], f"environment variable {name}")
-    return None
+def hot_json(settings: Settings) -> dict[str, Any]:
+    """What a running node may change of `settings`. No secret is among it."""
+    return {
+        known.key: values.to_json(getattr(settings, known.key)) for known in options() if known.hot
+    }
 
 
-def _parsed(known: Option, raw: Any, origin: str) -> Any:
-    try:
-        return values.parse(known.kind, raw)
-    except ValueError as error:
-        # The parser quotes what it got; a secret must not be.
-        why = "want text that is not empty" if known.kind == "secret" else error
-        raise SettingsError(f"{origin}: {why}") from None
-
-
-def _read_file(path: Path, table: Mapping[str, Option]) -> dict[str, Any]:
-    import yaml  # only where there is a file
-
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except OSError as error:
-        raise SettingsError(f"cannot read config file {path}: {error.strerror}") from None
-    except yaml.YAMLError as error:
-        raise SettingsError(f"config file {path} is not YAML: {_problem(error)}") from None
-    except (ValueError, RecursionError):  # no UTF-8, no such date, digits or brackets without end
-        raise SettingsError(f"config file {path} is not YAML text in UTF-8") from None
-    if not isinstance(content, dict):
-        raise SettingsError(f"config file {path}: want `option: value` lines")
-    found = {}
-    for key, raw in content.items():
-        known = table.get(str(key).replace("-", "_"))
-        if known is None:
-            near = difflib.get_close_matches(str(key), table, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            name = str(key)[: values.SHOWN]
-            raise SettingsError(f"config file {path}: unknown key {name}{hint}")
-        if raw is not None:
-            found[known.key] = _parsed(known, raw, f"config file {path}, key {key}")
-    return found
-
-
-def _problem(error: Exception) -> str:
-    """What is wrong where, without the file's text: a secret may stand there."""
-    # Quoted are single characters, <kinds of token>, and names out of the file.
-    problem = getattr(error, "problem", None) or "a character that YAML forbids"
-    problem = re.sub(r"'[^'<].+'", "'...'", problem)
-    mark = getattr(error, "problem_mark", None)
-    return f"{problem} at {mark.line + 1}:{mark.column + 1}" if mark else problem
+def with_hot(settings: Settings, raw: Mapping[str, Any]) -> Settings:
+    """`settings` with what `hot_json` wrote of others."""
+    kinds = {known.key: known.kind for known in options()}
+    parsed = {key: values.parse(kinds[key], value) for key, value in raw.items()}
+    return replace(settings, **parsed)
 
 
 def _completed(given: dict[str, Any]) -> Settings:
@@ -120,35 +222,3 @@ def _completed(given: dict[str, Any]) -> Settings:
         "database_url": Secret(f"sqlite:///{data_dir / 'database.db'}"),
     }
     return Settings(**full | {k: v for k, v in derived.items() if full[k] is None})
-
-
-def _check(settings: Settings) -> None:
-    """Contradictions between options.
-
-    Raises:
-        SettingsError: names both and says what would be right.
-    """
-    ports = {"--worker-port": settings.worker_port} if settings.has_worker else {}
-    if settings.is_server:
-        ports |= {"--port": settings.port, "--api-port": settings.api_port}
-    for flag, port in ports.items():
-        clash = next((f for f, p in ports.items() if p == port and f != flag), None)
-        if clash:
-            raise SettingsError(f"{flag} and {clash} are both {port}: give one of them another")
-        pool = settings.service_port_range
-        if settings.has_worker and pool.first <= port <= pool.last:
-            raise SettingsError(
-                f"{flag} {port} lies in --service-port-range {pool}: move one of them"
-            )
-    for label in settings.worker_labels:
-        if not label.partition("=")[0] or "=" not in label:
-            raise SettingsError(f"--worker-labels: want key=value, got {values.shown(label)}")
-    if not settings.is_server and settings.token is None:
-        raise SettingsError(
-            "--server-url needs --token: the content of <data-dir>/token on the server"
-        )
-    url = settings.database_url.reveal()
-    if not url.startswith("sqlite:///"):
-        scheme, separator, _ = url.partition("://")  # without one, all of it may be secret
-        got = f", got scheme {values.shown(scheme)}" if separator else ""
-        raise SettingsError(f"--database-url: want sqlite:///PATH{got}")

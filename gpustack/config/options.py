@@ -1,163 +1,81 @@
-"""The start options: declared once, here.
+"""The start options: declared once, here and in `common`, `server` and `worker`.
 
-Command line, environment, YAML file, help text and reference page are all made from the fields
-of `Settings`; an option that is not a field does not exist.
+Command line, environment, YAML file, help text, reference pages and validation are all made from
+the fields of `Settings`; an option that is not a field does not exist.
 """
 
 import dataclasses
+import json
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
-from gpustack.lib.secrets import Secret
+from gpustack.config.common import CommonOptions
+from gpustack.config.option import Json, Option, PortRange, Reserved, Text
+from gpustack.config.server import ServerOptions
+from gpustack.config.worker import WorkerOptions
 
+__all__ = [
+    "FILE_KEYS",
+    "VARIABLES",
+    "WAITING",
+    "Option",
+    "PortRange",
+    "Reserved",
+    "Settings",
+    "defaults",
+    "options",
+    "shown_default",
+]
 
-class PortRange(NamedTuple):
-    """Ports first..last, both included."""
-
-    first: int
-    last: int
-
-    def __str__(self) -> str:
-        return f"{self.first}-{self.last}"
-
-
-class Reserved(NamedTuple):
-    """GiB kept back from scheduling on each worker (ram) and on each GPU (vram)."""
-
-    ram: float
-    vram: float
-
-
-@dataclass(frozen=True)
-class Option:
-    """How one field of `Settings` is spelled and explained.
-
-    Attributes:
-        flag: long option; the field's name, with dashes.
-        kind: which parser of `values` reads it.
-        shown_default: what help says where the default is not a plain value.
-    """
-
-    flag: str
-    kind: str
-    group: str
-    meaning: str
-    aliases: tuple[str, ...] = ()
-    env: tuple[str, ...] = ()
-    shown_default: str | None = None
-
-    @property
-    def key(self) -> str:
-        """The name in YAML and in `Settings`."""
-        return self.flag[2:].replace("-", "_")
-
-    @property
-    def environment(self) -> tuple[str, ...]:
-        """Variables that set it, the first that is set wins."""
-        return (f"GPUSTACK_{self.key.upper()}", *self.env)
-
-
-def option(flag: str, kind: str, default: Any, group: str, meaning: str, **more: Any) -> Any:
-    return field(
-        default=default,
-        metadata={"option": Option(flag, kind, group, meaning, **more)},
+#: Keys of the config file that are no options.
+FILE_KEYS = {
+    "resources": Text(
+        "Declared devices (name, vendor, index, type, memory in bytes, …) instead of "
+        "detected ones.",
+        "声明的设备（名称、厂商、序号、类型、以字节计的显存等），代替自动检测。",
     )
+}
+
+#: Variables that are no options.
+VARIABLES = {
+    "HF_ENDPOINT": Text("Hugging Face Hub mirror.", "Hugging Face Hub 镜像地址。"),
+    "HF_TOKEN": Text("Same as --huggingface-token.", "等同于 --huggingface-token。"),
+    "GPUSTACK_DISABLE_DYNAMIC_LINK_LLAMA_BOX": Text(
+        "Use the statically linked llama-box.", "使用静态链接的 llama-box。"
+    ),
+    "HTTP_PROXY, HTTPS_PROXY, ALL_PROXY, NO_PROXY": Text(
+        "Honoured by downloads and by calls to other hosts; never used between server, workers and "
+        "instances.",
+        "用于下载和访问其他主机；服务器、工作节点和实例之间的通信从不使用。",
+    ),
+}
+
+#: Options that nothing reads yet; whoever gives one is told. A test holds this list to the truth,
+#: so it can only shrink.
+WAITING = frozenset(
+    """
+    disable_rpc_servers disable_update_check distributed_worker_port_range
+    enable_hf_transfer enable_hf_xet enable_ray external_auth_avatar_url external_auth_full_name
+    external_auth_name gateway_kubeconfig image_name_override image_repo
+    model_catalog_file namespace oidc_client_id oidc_client_secret oidc_issuer oidc_redirect_uri
+    oidc_use_userinfo ollama_library_base_url pipx_path proxy_mode ray_args ray_client_server_port
+    ray_dashboard_agent_grpc_port ray_dashboard_agent_listen_port ray_dashboard_port
+    ray_metrics_export_port ray_node_manager_port ray_object_manager_port ray_port
+    ray_runtime_env_agent_port ray_worker_port_range resources rpc_server_args
+    rpc_server_port_range saml_idp_entity_id saml_idp_server_url saml_idp_x509_cert
+    saml_security saml_sp_acs_url saml_sp_attribute_prefix saml_sp_entity_id saml_sp_private_key
+    saml_sp_x509_cert server_external_url service_discovery_name system_default_container_registry
+    trusted_proxies unreachable_grace
+    """.split()
+)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class Settings(WorkerOptions, ServerOptions, CommonOptions):
     """What `gpustack start` was told. Building one touches nothing."""
 
-    # common
-    config_file: Path | None = option(
-        "--config-file", "path", None, "common", "YAML file with start options."
-    )
-    debug: bool = option("--debug", "bool", False, "common", "Debug logging.", aliases=("-d",))
-    data_dir: Path = option(
-        "--data-dir", "path", None, "common", "State directory.",
-        shown_default="/var/lib/gpustack; %APPDATA%\\gpustack on Windows",
-    )  # fmt: skip
-    cache_dir: Path = option(
-        "--cache-dir", "path", None, "common", "Model files and other cached downloads.",
-        shown_default="<data-dir>/cache",
-    )  # fmt: skip
-    token: Secret | None = option(
-        "--token", "secret", None, "common",
-        "Shared secret with which workers register; a generated one is kept in <data-dir>/token.",
-        aliases=("-t",), shown_default="generated",
-    )  # fmt: skip
-    huggingface_token: Secret | None = option(
-        "--huggingface-token", "secret", None, "common", "Hugging Face Hub access token.",
-        env=("HF_TOKEN",),
-    )  # fmt: skip
-    advertise_address: str | None = option(
-        "--advertise-address", "host", None, "common",
-        "Address that other nodes use to reach this one.", shown_default="detected",
-    )  # fmt: skip
-    port: int = option("--port", "port", 80, "common", "Public HTTP port.")
-    bin_dir: Path = option(
-        "--bin-dir", "path", None, "common",
-        "Extra executables, e.g. versioned backends such as llama-box_v0.0.155.",
-        shown_default="<data-dir>/bin",
-    )  # fmt: skip
-    gateway_concurrency: int = option(
-        "--gateway-concurrency", "count", 16, "common",
-        "Gateway processes at most; never more than there are CPUs.",
-    )  # fmt: skip
-
-    # server
-    host: str = option(
-        "--host", "host", "0.0.0.0", "server", "Address the public port binds to."
-    )  # fmt: skip
-    api_port: int = option(
-        "--api-port", "port", 8080, "server",
-        "Port of the control-plane API behind the gateway; on loopback only.",
-    )  # fmt: skip
-    disable_worker: bool = option(
-        "--disable-worker", "bool", False, "server", "No built-in worker in the server node."
-    )
-    bootstrap_password: Secret | None = option(
-        "--bootstrap-password", "secret", None, "server",
-        "First password of user admin; a generated one is kept in "
-        "<data-dir>/initial_admin_password and must be changed at first login.",
-        shown_default="generated",
-    )  # fmt: skip
-    database_url: Secret = option(
-        "--database-url", "secret", None, "server", "Database; SQLite.",
-        shown_default="sqlite:///<data-dir>/database.db",
-    )  # fmt: skip
-    force_auth_localhost: bool = option(
-        "--force-auth-localhost", "bool", False, "server",
-        "Requests from the loopback address need credentials as well.",
-    )  # fmt: skip
-
-    # worker
-    server_url: str | None = option(
-        "--server-url", "url", None, "worker",
-        "Server to join; set means that this node runs only a worker.", aliases=("-s",),
-    )  # fmt: skip
-    worker_name: str | None = option(
-        "--worker-name", "str", None, "worker", "Name of this worker.", shown_default="host name"
-    )
-    worker_port: int = option("--worker-port", "port", 10150, "worker", "Public port of a worker.")
-    service_port_range: PortRange = option(
-        "--service-port-range", "ports", PortRange(40000, 40063), "worker",
-        "Ports for model instances, both ends included.",
-    )  # fmt: skip
-    log_dir: Path = option(
-        "--log-dir", "path", None, "worker", "Logs; serve/<instance id>.log below it.",
-        shown_default="<data-dir>/log",
-    )  # fmt: skip
-    system_reserved: Reserved = option(
-        "--system-reserved", "reserved", Reserved(2, 1), "worker",
-        "GiB kept back from scheduling on each worker (ram) and each GPU (vram).",
-        shown_default='{"ram": 2, "vram": 1}',
-    )  # fmt: skip
-    worker_labels: tuple[str, ...] = option(
-        "--worker-labels", "list", (), "worker", "Labels key=value of this worker; repeatable."
-    )
+    resources: Json | None = None
 
     @property
     def is_server(self) -> bool:
@@ -176,8 +94,21 @@ class Settings:
 def options() -> Iterator[Option]:
     """Every start option, in the order of help."""
     for spec in dataclasses.fields(Settings):
-        yield spec.metadata["option"]
+        if "option" in spec.metadata:
+            yield spec.metadata["option"]
+
+
+def shown_default(value: Any) -> str:
+    """A plain default as documents write it; empty where there is none."""
+    if value is None or value is False or value == ():
+        return ""
+    return (
+        json.dumps(value)
+        if isinstance(value, tuple) and not isinstance(value, PortRange)
+        else (str(value))
+    )
 
 
 def defaults() -> dict[str, Any]:
+    """By key; None where the default depends on other options or on the machine."""
     return {spec.name: spec.default for spec in dataclasses.fields(Settings)}

@@ -6,17 +6,21 @@ import socket
 import struct
 from collections import deque
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Final, cast
 
 import httptools
 
 from gpustack.errors import BadRequest
 from gpustack.forward import guard
-from gpustack.forward.exchange import IGNORED, Exchange, error_answer
+from gpustack.forward.exchange import IGNORED, Dialect, Exchange, error_answer
+from gpustack.forward.flush import is_flushed
 from gpustack.forward.http1 import Headers, HttpError, framing
 
 if TYPE_CHECKING:
     from gpustack.forward.listener import Server
+
+#: Of an answer that the client has not taken, above which its source has to wait.
+_WRITE_BYTES: Final = 64 * 1024
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,7 @@ class Limits:
         discard_bytes: of a body that nobody wants, read so that the connection can live on.
         linger_s: for the client to read an answer after which the connection ends.
         flush_s: for the last bytes of an ending connection.
+        notify_s: for the client to end TLS too; those that pool connections never do.
     """
 
     head_bytes: int = 64 * 1024
@@ -44,6 +49,7 @@ class Limits:
     discard_bytes: int = 256 * 1024
     linger_s: float = 2.0
     flush_s: float = 60.0
+    notify_s: float = 1.0
 
 
 class Connection(asyncio.Protocol):
@@ -52,10 +58,14 @@ class Connection(asyncio.Protocol):
     `queue` holds the exchanges that are not done, oldest first; only the first has been given to
     the application. `incoming` is the one whose body is still coming. While the first waits for
     its answer and no body is coming, later bytes are held unparsed.
+
+    Args:
+        scheme: by which the client came, http or https.
     """
 
-    def __init__(self, server: "Server") -> None:
+    def __init__(self, server: "Server", scheme: bytes = b"http") -> None:
         self.server = server
+        self.scheme = scheme
         self.queue: deque[Exchange] = deque()
         self.incoming: Exchange | None = None
         self.deadline = math.inf
@@ -64,12 +74,13 @@ class Connection(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._parser = httptools.HttpRequestParser(self)
         self._peer = ""
+        self._flush_until = 0.0
         self._held = bytearray()
         self._feeding = False
         self._advancing = False
         self._paused = False
         self._client_is_slow = False  # it has not taken what was written
-        self._refusal: HttpError | None = None
+        self._refusal: tuple[HttpError, Dialect] | None = None
         self._target = b""
         self._headers: Headers = []
         self._in_head = False
@@ -84,6 +95,7 @@ class Connection(asyncio.Protocol):
         self._transport = cast("asyncio.Transport", transport)
         peer = transport.get_extra_info("peername")
         self._peer = str(peer[0]) if isinstance(peer, tuple) and peer else ""
+        self._transport.set_write_buffer_limits(_WRITE_BYTES)  # TLS would take eight times that
         self.server.connections.add(self)
         self.idle_since = self.server.now()
         self.deadline = self.idle_since + self.server.limits.head_s
@@ -318,7 +330,7 @@ class Connection(asyncio.Protocol):
                     self._close()
                     return
             elif self._refusal is not None:
-                self._send_refusal(self._refusal)
+                self._send_refusal(*self._refusal)
                 return
             elif self._held:
                 held, self._held = bytes(self._held), bytearray()
@@ -342,8 +354,8 @@ class Connection(asyncio.Protocol):
     def _refuse(self, error: HttpError) -> None:
         """Answer what came before, then say what is wrong and end the connection."""
         self._in_head = False
-        self._refusal = error
         exchange, self.incoming = self.incoming, None
+        self._refusal = (error, exchange.dialect if exchange else error_answer)
         if exchange is None:
             return  # _advance sends it in its turn
         receiver, exchange.receiver = exchange.receiver, IGNORED
@@ -354,8 +366,8 @@ class Connection(asyncio.Protocol):
         if started:
             self.abort()
 
-    def _send_refusal(self, error: HttpError) -> None:
-        headers, body = error_answer(BadRequest(str(error)))
+    def _send_refusal(self, error: HttpError, dialect: Dialect) -> None:
+        headers, body = dialect(BadRequest(str(error)))
         exchange = Exchange(self, method="GET", target=b"", headers=[], peer="", http10=False)
         exchange.keep_alive = False
         self.closing = True
@@ -401,7 +413,8 @@ class Connection(asyncio.Protocol):
     def _close(self) -> None:
         """End the connection after what has been written."""
         self.closing = True
-        self.deadline = self.server.now() + self.server.limits.flush_s
+        now, limits = self.server.now(), self.server.limits
+        self._flush_until, self.deadline = now + limits.flush_s, now + limits.notify_s
         if self._transport is not None:
             self._transport.close()
 
@@ -410,18 +423,26 @@ class Connection(asyncio.Protocol):
         and the client might lose the answer."""
         self.closing = True
         self.deadline = self.server.now() + self.server.limits.linger_s
-        if self._transport is not None and not self._transport.is_closing():
-            self._transport.write_eof()
+        transport = self._transport
+        if transport is not None and not transport.is_closing() and transport.can_write_eof():
+            transport.write_eof()  # TLS cannot: the client goes by the answer's own length
 
     def close_if_idle(self, since: float) -> None:
         """Close the connection if no request has begun on it since `since` (the loop's clock)."""
         if not self.queue and not self._in_head and not self.closing and self.idle_since <= since:
             self._close()
 
+    def hurry(self, by: float) -> None:
+        """A head that has begun has to be there at `by` (the loop's clock)."""
+        self.deadline = min(self.deadline, by) if self._in_head else self.deadline
+
     def expire(self) -> None:
         """The deadline has passed."""
-        if self.closing:
+        now = self.server.now()
+        if self.closing and (now >= self._flush_until or is_flushed(self._transport)):
             self.abort()
+        elif self.closing:
+            self.deadline = now + self.server.limits.notify_s
         elif self._in_head or self.incoming is not None:
             self._refuse(HttpError(408, "the request did not come in time"))
             self._advance()

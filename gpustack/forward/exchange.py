@@ -2,12 +2,16 @@
 
 import asyncio
 from collections import deque
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import msgspec
 
 from gpustack.errors import GPUStackError, TooLarge, Unavailable
 from gpustack.forward.http1 import Headers, first, status_line
+
+#: Makes headers and body of an error.
+Dialect = Callable[[GPUStackError], tuple[Headers, bytes]]
 
 
 class Receiver(Protocol):
@@ -54,6 +58,8 @@ class Link(Protocol):
 
     @property
     def ends(self) -> bool: ...
+    @property
+    def scheme(self) -> bytes: ...
     def write(self, piece: bytes) -> None: ...
     def answered(self) -> None: ...
     def abort(self, *, reset: bool = False) -> None: ...
@@ -75,6 +81,9 @@ class Exchange:
         complete: the whole request has come.
         status: of the answer; 0 until it started.
         finished: the answer is complete, or the client left.
+        also: headers that the answer carries whoever makes it.
+        vouched: the operator lets pages of this origin act with their user's session.
+        dialect: how the API that is asked says errors.
     """
 
     __slots__ = (
@@ -82,7 +91,9 @@ class Exchange:
         "_head",
         "_link",
         "_silent",
+        "also",
         "complete",
+        "dialect",
         "early",
         "endless",
         "finished",
@@ -96,6 +107,7 @@ class Exchange:
         "receiver",
         "status",
         "target",
+        "vouched",
     )
 
     def __init__(
@@ -115,11 +127,19 @@ class Exchange:
         self.complete = False
         self.status = 0
         self.finished = False
+        self.also: Headers = []
+        self.vouched = False
+        self.dialect: Dialect = error_answer
         self.receiver: Receiver | None = None
         self.early: list[bytes] = []  # body that came before the exchange's turn
         self._head = b""
         self._chunked = False
         self._silent = False
+
+    @property
+    def scheme(self) -> bytes:
+        """By which the client came: http or https."""
+        return self._link.scheme
 
     def header(self, name: bytes) -> bytes | None:
         """The first header called `name` (lower case)."""
@@ -139,11 +159,11 @@ class Exchange:
         self.respond(status, [kind, *(headers or ())], msgspec.json.encode(body))
 
     def respond_error(self, error: GPUStackError, headers: Headers | None = None) -> None:
-        """Answer with `error` in our own API's shape; a started answer is broken off instead."""
+        """Answer with `error` in the API's shape; a started answer is broken off instead."""
         if self.status:
             self.abort()
             return
-        said, body = error_answer(error)
+        said, body = self.dialect(error)
         self.respond(error.status, [*said, *(headers or ())], body)
 
     def start(self, status: int, headers: Headers) -> None:
@@ -161,7 +181,7 @@ class Exchange:
         self._silent = self.method == "HEAD" or status in (204, 304)
         lines = [status_line(status)]
         sized = False
-        for pair in headers:
+        for pair in [*headers, *self.also] if self.also else headers:
             if pair[0] == b"content-length":
                 sized = True
             lines.append(b"%b: %b\r\n" % pair)

@@ -18,6 +18,7 @@ import asyncio
 import logging
 import math
 import socket
+import ssl
 from collections.abc import Awaitable, Callable
 
 from gpustack.errors import GPUStackError
@@ -29,6 +30,9 @@ from gpustack.lib.platform import notice_dead_peer
 __all__ = ["IGNORED", "App", "Exchange", "Limits", "Receiver", "Server", "asynchronous"]
 
 logger = logging.getLogger(__name__)
+
+#: For the rest of a request's head, once the server drains.
+HURRY_S = 2.0
 
 App = Callable[[Exchange], Receiver]
 
@@ -55,10 +59,22 @@ class Server:
     def now(self) -> float:
         return self._loop.time()
 
-    async def listen(self, sock: socket.socket) -> None:
-        """Answer what comes in at `sock`, a bound socket; it belongs to the server now."""
+    async def listen(self, sock: socket.socket, *, tls: ssl.SSLContext | None = None) -> None:
+        """Answer what comes in at `sock`, a bound socket; it belongs to the server now.
+
+        Args:
+            tls: speak HTTPS there.
+        """
         notice_dead_peer(sock)  # accepted sockets inherit it
-        opened = await self._loop.create_server(lambda: Connection(self), sock=sock, backlog=4096)
+        scheme = b"http" if tls is None else b"https"
+        opened = await self._loop.create_server(
+            lambda: Connection(self, scheme),
+            sock=sock,
+            backlog=4096,
+            ssl=tls,
+            ssl_handshake_timeout=None if tls is None else self.limits.head_s,
+            ssl_shutdown_timeout=None if tls is None else self.limits.flush_s,
+        )
         self._listeners.append(opened)
         if self._timer is None:
             self._timer = self._loop.call_later(self._sweep_s, self._sweep)
@@ -72,6 +88,7 @@ class Server:
                 connection.expire()
             elif self.draining:
                 connection.close_if_idle(now - self._idle_patience_s)
+                connection.hurry(now + HURRY_S)
                 self._end_endless(connection)
 
     def forget(self, connection: Connection) -> None:

@@ -14,6 +14,9 @@ on a connection of their own.
 
 import asyncio
 import logging
+import socket
+from collections.abc import Awaitable, Callable, Mapping
+from types import MappingProxyType
 from typing import Final, cast
 
 import httptools
@@ -23,7 +26,7 @@ from gpustack.forward.http1 import Headers, HttpError, framing, write_head
 from gpustack.lib.net import is_loopback
 from gpustack.lib.platform import notice_dead_peer
 
-__all__ = ["Address", "Call", "Failure", "Pool", "Sink"]
+__all__ = ["Address", "Call", "Door", "Failure", "Pool", "Sink"]
 
 logger = logging.getLogger(__name__)
 
@@ -102,7 +105,7 @@ class Connection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast("asyncio.Transport", transport)
         sock = transport.get_extra_info("socket")
-        if sock is not None:
+        if sock is not None and sock.family != socket.AF_UNIX:
             here = is_loopback(self.address[0])  # its kernel cannot vanish without ours
             notice_dead_peer(sock, unacknowledged_s=None if here else _UNACKNOWLEDGED_S)
 
@@ -218,8 +221,19 @@ class Connection(asyncio.Protocol):
         self._reusable = bool(self._parser.should_keep_alive())
 
 
+#: Makes a connected socket to something that no network reaches.
+#:
+#: Raises:
+#:     OSError: there is nothing behind it.
+Door = Callable[[], Awaitable[socket.socket]]
+
+
 class Pool:
-    """Kept-alive connections by address. Everything it starts belongs to `group`."""
+    """Kept-alive connections by address. Everything it starts belongs to `group`.
+
+    Args:
+        doors: addresses that are dialled in another way.
+    """
 
     def __init__(
         self,
@@ -228,8 +242,10 @@ class Pool:
         connect_timeout_s: float = 5.0,
         idle_s: float = 60.0,
         idle_max: int = 256,
+        doors: Mapping[Address, Door] = MappingProxyType({}),
     ) -> None:
         self._group = group
+        self._doors = doors
         self._loop = asyncio.get_running_loop()
         self._connect_timeout_s = connect_timeout_s
         self._idle_s = idle_s
@@ -295,9 +311,7 @@ class Pool:
     async def _connect(self, address: Address, call: Call) -> None:
         try:
             async with asyncio.timeout(self._connect_timeout_s):
-                _, connection = await self._loop.create_connection(
-                    lambda: Connection(self, address), *address
-                )
+                connection = await self._dial(address)
         except (OSError, TimeoutError):
             connection = None
         try:
@@ -310,6 +324,16 @@ class Pool:
         except Exception:  # a sink's mistake ends its own request, not the group's others
             logger.exception("a request failed inside the gateway")
             call.fail(Failure.LOST)
+
+    async def _dial(self, address: Address) -> Connection:
+        def made() -> Connection:
+            return Connection(self, address)
+
+        if (door := self._doors.get(address)) is not None:
+            _, connection = await self._loop.create_unix_connection(made, sock=await door())
+        else:
+            _, connection = await self._loop.create_connection(made, *address)
+        return connection
 
     def put_back(self, connection: Connection) -> None:
         if not connection.usable:

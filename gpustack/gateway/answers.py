@@ -2,6 +2,8 @@
 
 from typing import Final
 
+import msgspec
+
 from gpustack.errors import GPUStackError, NotFound, Unavailable
 from gpustack.forward.exchange import Exchange
 from gpustack.forward.http1 import Headers
@@ -37,12 +39,12 @@ class EngineUnreachable(GPUStackError):
     status, code = 502, "engine_unreachable"
 
 
-def refuse(exchange: Exchange, error: GPUStackError) -> None:
-    """Answer with an error that is the gateway's, not an engine's: `src` says so.
+def openai(error: GPUStackError) -> tuple[Headers, bytes]:
+    """Headers and body of an error that is the gateway's, not an engine's: `src` says so.
 
     The error's detail `param` names the field that is wrong.
     """
-    headers: Headers = []
+    headers: Headers = [(b"content-type", b"application/json")]
     if isinstance(error, Unavailable):
         headers.append((b"retry-after", b"%d" % error.retry_after_s))
     if error.status == 401:
@@ -54,4 +56,10 @@ def refuse(exchange: Exchange, error: GPUStackError) -> None:
         "code": _CODES.get(error.code, error.code),
         "src": "gateway",
     }
-    exchange.respond_json(error.status, {"error": said}, headers)
+    return headers, msgspec.json.encode({"error": said})
+
+
+def refuse(exchange: Exchange, error: GPUStackError) -> None:
+    """Answer a request to a model with `error`; a started answer is broken off instead."""
+    exchange.dialect = openai
+    exchange.respond_error(error)

@@ -1,31 +1,62 @@
 """A gateway process: starts its parts, serves, and ends well."""
 
 import asyncio
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from types import MappingProxyType
 
 from gpustack.config.load import from_json
-from gpustack.forward.listener import Server
-from gpustack.forward.upstream import Pool
+from gpustack.config.options import Settings
+from gpustack.forward.upstream import Address, Door, Pool
 from gpustack.gateway.counts import Counts
 from gpustack.gateway.delivery import Delivery
 from gpustack.gateway.front import Front
 from gpustack.gateway.life import end, tune_gc
 from gpustack.gateway.plane import Plane
+from gpustack.gateway.public import Public
 from gpustack.gateway.routes import GATEWAY as ROUTES
 from gpustack.gateway.routing import Routing
 from gpustack.gateway.spool import Spool
 from gpustack.gateway.watch import Disk, Watch
 from gpustack.lib.role import Boot, leave
 
-__all__ = ["ROUTES", "serve"]
+__all__ = ["ROUTES", "data_plane", "serve"]
 
 
 async def serve(boot: Boot) -> None:
     """Serve until the launcher says otherwise; return when the last stream has ended."""
-    settings = from_json(boot.settings)
     extra = boot.extra
     index, address = int(extra["index"]), ("127.0.0.1", int(extra["api_port"]))
-    credential = str(extra["gateway_credential"])
     counts = Counts.shared(int(extra["counts_fd"]), int(extra["processes"]), index)
+    async with data_plane(
+        from_json(boot.settings),
+        server=address,
+        credential=str(extra["gateway_credential"]),
+        counts=counts,
+        keeps_snapshot=index == 0,
+    ) as public:
+        await public.listen(boot)
+        tune_gc()
+        await end(public.listener, await leave(public.reload))
+
+
+@asynccontextmanager
+async def data_plane(
+    settings: Settings,
+    *,
+    server: Address,
+    credential: str,
+    counts: Counts,
+    keeps_snapshot: bool = True,
+    doors: Mapping[Address, Door] = MappingProxyType({}),
+) -> AsyncIterator[Public]:
+    """All that a gateway is made of, running; listens nowhere yet.
+
+    Args:
+        server: the control plane, which `credential` opens for gateways.
+        keeps_snapshot: this process writes the tables to disk for its successors.
+        doors: addresses that are dialled in another way.
+    """
     disk = Disk(settings.data_dir / "gateway_snapshot.json")
     routing = Routing(counts, settings.data_dir / "worker_credential")
     usage = settings.data_dir / "usage"
@@ -36,27 +67,25 @@ async def serve(boot: Boot) -> None:
         disk.changed()
 
     async with asyncio.TaskGroup() as group:
-        pool = Pool(group)
-        watch = Watch(pool, address, credential, tables=disk.load(), changed=changed)
-        delivery = Delivery(pool, address, credential, spool, usage)
+        pool = Pool(group, doors=doors)
+        watch = Watch(pool, server, credential, tables=disk.load(), changed=changed)
+        delivery = Delivery(pool, server, credential, spool, usage)
         plane = Plane(
             group=group,
             pool=pool,
             watch=watch,
             routing=routing,
             ledger=spool,
-            server=address,
+            server=server,
             credential=credential,
             force_auth_localhost=settings.force_auth_localhost,
         )
-        lasting = [watch.follow(), watch.answer_refreshes(), delivery.run()]
-        if index == 0:
+        public = Public(Front(plane), settings)
+        lasting = [public.open_tls(), watch.follow(), watch.answer_refreshes(), delivery.run()]
+        if keeps_snapshot:
             lasting.append(disk.keep(watch))
         tasks = [group.create_task(each) for each in lasting]
-        server = Server(Front(plane))
-        await server.listen(boot.socket("public"))
-        tune_gc()
-        await end(server, await leave())
+        yield public
         for task in tasks:
             task.cancel()
         await delivery.close()

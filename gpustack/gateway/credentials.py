@@ -27,6 +27,9 @@ def presented(headers: Headers) -> Shown | None:
 def check(credential: Credential, *, cookie: bool, method: str, headers: Headers) -> None:
     """Return if `credential` may run models.
 
+    Args:
+        cookie: a browser sent it by itself, whatever page asked.
+
     Raises:
         Unauthorized: it has expired.
         Forbidden: it may not, or a foreign page used a browser's cookie.

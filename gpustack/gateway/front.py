@@ -6,12 +6,12 @@ from urllib.parse import unquote
 from gpustack.errors import GPUStackError, NotFound, Unavailable
 from gpustack.forward.exchange import IGNORED, Exchange, Receiver
 from gpustack.forward.upstream import Failure
-from gpustack.gateway.answers import MethodNotAllowed, ModelNotFound, refuse
+from gpustack.gateway.answers import MethodNotAllowed, ModelNotFound, openai, refuse
 from gpustack.gateway.inference import Inference
 from gpustack.gateway.passing import Passing, is_endless, without_private
 from gpustack.gateway.plane import Plane, Stranger
 from gpustack.gateway.probes import PROBE_PATHS, probe
-from gpustack.gateway.routes import MODELS, OPERATIONS, PREFIXES, RERANK
+from gpustack.gateway.routes import MODELS, OPERATIONS, PREFIXES, RERANK, WATCH
 from gpustack.gateway.tables import Model
 from gpustack.schemas import wire
 
@@ -29,8 +29,10 @@ class Front:
         path = exchange.path
         for prefix in PREFIXES:
             if path.startswith(prefix):
+                exchange.dialect = openai
                 return self._model_api(exchange, path[len(prefix) :])
         if (exchange.method, path) == (RERANK.method, RERANK.pattern):
+            exchange.dialect = openai
             return Inference(self._plane, exchange, "rerank").begin()
         if path in PROBE_PATHS and exchange.method in ("GET", "HEAD"):
             probe(exchange, self._not_ready())
@@ -56,11 +58,13 @@ class Front:
         headers += [
             (wire.GATEWAY_HEADER.encode(), plane.credential.encode()),
             (wire.PEER_HEADER.encode(), exchange.peer.encode()),
-            (wire.SCHEME_HEADER.encode(), b"http"),
+            (wire.SCHEME_HEADER.encode(), exchange.scheme),
         ]
         if plane.needs_no_login(exchange):
             headers.append((wire.LOCAL_HEADER.encode(), b"1"))
-        exchange.endless = is_endless(exchange.query)
+        if exchange.vouched:
+            headers.append((wire.VOUCHED_HEADER.encode(), b"1"))
+        exchange.endless = exchange.path == WATCH or is_endless(exchange.query)
         return Passing(
             plane.pool,
             exchange,

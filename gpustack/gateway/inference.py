@@ -244,6 +244,7 @@ class Inference:
             chunked=self._exchange.header(b"content-length") is None,
         )
         if self._streamed:
+            self._exchange.resume()  # an instance that was tried before may have paused it
             self._call.write(b"".join(self._pieces))
             if self._exchange.complete:
                 self._call.finish()

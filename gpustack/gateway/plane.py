@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 from gpustack.errors import GPUStackError, Unauthorized, Unavailable
+from gpustack.forward.address import is_local
 from gpustack.forward.exchange import Exchange
 from gpustack.forward.upstream import Address, Pool
 from gpustack.gateway import credentials
-from gpustack.gateway.address import is_local
 from gpustack.gateway.answers import ModelNotFound, refuse
 from gpustack.gateway.passing import PATIENCE_S
 from gpustack.gateway.routing import Routing
@@ -97,7 +97,10 @@ class Plane:
                 raise Stranger("This credential is not known.")
             raise Unauthorized()
         credentials.check(
-            known, cookie=shown.cookie, method=exchange.method, headers=exchange.headers
+            known,
+            cookie=shown.cookie and not exchange.vouched,
+            method=exchange.method,
+            headers=exchange.headers,
         )
         return known
 

@@ -34,6 +34,8 @@ OPERATIONS: Final = {
     "rerank": False,
 }
 MODELS: Final = "models"
+#: Where changes are followed for as long as the client likes.
+WATCH: Final = "/v2/watch"
 RERANK: Final = Route("POST", "/v2/rerank")
 
 GATEWAY: Final = (
@@ -42,6 +44,15 @@ GATEWAY: Final = (
     *(Route("GET", prefix + path) for prefix in PREFIXES for path in (MODELS, f"{MODELS}/{{id}}")),
     RERANK,
 )
+
+
+def is_inference(method: str, path: str) -> bool:
+    """Whether a request is for a model."""
+    if method != "POST":
+        return False
+    below = next((path[len(each) :] for each in PREFIXES if path.startswith(each)), "")
+    return below in OPERATIONS or path == RERANK.pattern
+
 
 #: All else goes to the agent, which checks credentials itself.
 RELAY: Final = (*PROBES, Route("*", "/{any} with x-gpustack-instance"))

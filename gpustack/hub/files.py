@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import glob
 import hashlib
 import os
 from collections.abc import Callable
@@ -9,12 +10,12 @@ from io import BufferedReader
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
-from gpustack.errors import Invalid, NotFound, Unavailable
+from gpustack.errors import Forbidden, Invalid, NotFound, Unavailable
 from gpustack.hub.splits import choose, parts
 from gpustack.lib import platform
 from gpustack.lib.secrets import Secret
 from gpustack.lib.text import plain
-from gpustack.schemas.models import VersionSpec
+from gpustack.schemas.models import ModelSource
 
 if TYPE_CHECKING:
     from gpustack.hub.huggingface import Hub, RemoteFile
@@ -26,7 +27,7 @@ MAX_NAME_BYTES = 255 - len(".0123456789abcdef.part")
 
 
 async def fetch(
-    spec: VersionSpec,
+    spec: ModelSource,
     cache_dir: Path,
     *,
     token: Secret | None,
@@ -58,6 +59,35 @@ async def fetch(
 
     async with Hub(token, endpoint=endpoint, pause_s=pause_s) as hub:
         return await _download(hub, repo, wanted, folder, progress)
+
+
+def remove(spec: ModelSource, cache_dir: Path) -> None:
+    """Have nothing of the model's files here, nor of what a download of them left. Blocks.
+
+    Raises:
+        Invalid: nobody knows which of several are meant.
+        Forbidden: they lie elsewhere, behind a link that somebody put into the cache.
+        OSError: a file cannot be removed; the message names it.
+    """
+    repo, wanted = spec.huggingface_repo_id or "", spec.huggingface_filename
+    folder = _below(cache_dir / "huggingface", repo)
+    try:
+        names = choose(_present(folder), wanted, repo)
+    except NotFound:  # not all of it is here, or nothing
+        names = parts(wanted) if wanted else []
+    paths = [_below(folder, name) for name in names]
+    if any(not path.parent.resolve().is_relative_to(cache_dir.resolve()) for path in paths):
+        raise Forbidden(
+            f"{folder} leads out of the cache directory {cache_dir}: remove it yourself"
+        )
+    for path in paths:
+        path.unlink(missing_ok=True)
+        for part in path.parent.glob(f"{glob.escape(path.name)}.*.part"):
+            part.unlink(missing_ok=True)
+    folders = {path.parent for path in paths} | {folder, folder.parent}
+    for empty in sorted(folders, key=lambda one: len(one.parts), reverse=True):
+        with contextlib.suppress(OSError):  # others are in it
+            empty.rmdir()
 
 
 async def _download(

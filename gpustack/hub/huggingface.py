@@ -18,6 +18,8 @@ from urllib.parse import quote
 import httpx
 
 from gpustack.errors import Forbidden, GPUStackError, Invalid, NotFound, Unavailable
+from gpustack.hub.proxies import ProxiedTransport
+from gpustack.lib.net import without_credentials
 from gpustack.lib.secrets import Secret
 from gpustack.lib.text import plain
 
@@ -53,16 +55,20 @@ class Hub:
         endpoint: its address; None: HF_ENDPOINT's, or the public Hub.
         pause_s: the first wait after a broken connection; it doubles.
 
+    Attributes:
+        endpoint: its address as it may be shown.
+
     Raises:
-        Invalid: the endpoint is no address, or no header can hold the token.
+        Invalid: the endpoint is no address, no header can hold the token, or a proxy is none.
     """
 
     def __init__(
         self, token: Secret | None, *, endpoint: str | None = None, pause_s: float = 1.0
     ) -> None:
         address = endpoint or os.environ.get("HF_ENDPOINT") or ENDPOINT
-        self.endpoint = address.rstrip("/")
-        self._origin = _origin(self.endpoint)
+        self._address = address.rstrip("/")
+        self.endpoint = without_credentials(self._address)
+        self._origin = _origin(self._address)
         self._has_token = token is not None
         if token is not None and not re.fullmatch(r"[!-~]+", token.reveal()):
             raise Invalid(
@@ -74,6 +80,7 @@ class Hub:
             headers={"Authorization": f"Bearer {token.reveal()}"} if token else {},
             timeout=httpx.Timeout(30, connect=10),
             follow_redirects=True,  # to another host: without the token
+            transport=ProxiedTransport(),
         )
 
     async def __aenter__(self) -> Self:
@@ -96,7 +103,7 @@ class Hub:
             Unavailable: the Hub does not answer, or with what is no list of files.
         """
         found: list[RemoteFile] = []
-        url = f"{self.endpoint}/api/models/{quote(repo)}/tree/main?recursive=true"
+        url = f"{self._address}/api/models/{quote(repo)}/tree/main?recursive=true"
         left = MAX_LISTING_BYTES
         for _ in range(MAX_PAGES):
             async with self._get(url, repo) as answer:
@@ -139,7 +146,7 @@ class Hub:
             pass  # no address at all
         raise Unavailable(
             f"{self.endpoint} continues its list of files at another address: "
-            f"{plain(following)[:200]}"
+            f"{plain(without_credentials(following))[:200]}"
         )
 
     async def beginning(self, repo: str, path: str, count: int) -> bytes:
@@ -206,7 +213,7 @@ class Hub:
             raise Interrupted(f"{self.endpoint} ended {file.path} after {out.tell()} bytes")
 
     def _url(self, repo: str, path: str) -> str:
-        return f"{self.endpoint}/{quote(repo)}/resolve/main/{quote(path)}"
+        return f"{self._address}/{quote(repo)}/resolve/main/{quote(path)}"
 
     @asynccontextmanager
     async def _get(
@@ -281,4 +288,5 @@ def _origin(url: str) -> tuple[str, str, int]:
             return read.scheme, read.host, port
     except (httpx.InvalidURL, ValueError, KeyError):
         pass  # no address at all
-    raise Invalid(f"{plain(url)[:200]!r} is no address of a Hugging Face Hub: see HF_ENDPOINT")
+    shown = plain(without_credentials(url))[:200]
+    raise Invalid(f"{shown!r} is no address of a Hugging Face Hub: see HF_ENDPOINT")

@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 
 from gpustack.errors import Invalid, NotFound
+from gpustack.schemas.models import ModelSource, Source
 
 #: Source: llama.cpp's llama_split_path, "%s-%05d-of-%05d.gguf".
 _PART = re.compile(r"(?P<stem>.*)-(?P<part>\d{5})-of-(?P<parts>\d{5})\.gguf", re.DOTALL)
@@ -49,6 +50,31 @@ def choose(names: Sequence[str], wanted: str | None, where: str) -> list[str]:
     if missing := set(found) - set(names):
         raise NotFound(f"{where} lacks {min(missing)}, one of {len(found)} parts")
     return found
+
+
+def share_files(one: ModelSource, other: ModelSource) -> bool:
+    """Whether two sources may stand for a file that both have."""
+    if one.identity == other.identity:
+        return True
+    if not one.source is other.source is Source.HUGGING_FACE:
+        return False
+    names = (one.huggingface_filename, other.huggingface_filename)
+    return one.huggingface_repo_id == other.huggingface_repo_id and _may_be_same(*names)
+
+
+def _may_be_same(one: str | None, other: str | None) -> bool:
+    if _is_pattern(one) and _is_pattern(other):
+        return True
+    if _is_pattern(one):
+        one, other = other, one
+    names = parts(one or "")
+    if _is_pattern(other):
+        return any(fnmatch.fnmatchcase(name, other or "*") for name in names)
+    return other in names
+
+
+def _is_pattern(name: str | None) -> bool:
+    return not name or not {"*", "?", "["}.isdisjoint(name)
 
 
 def _absence(names: Sequence[str], wanted: str | None, where: str) -> str:

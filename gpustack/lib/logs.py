@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
+#: `--debug` as this process was last told.
+_told: dict[str, bool] = {}
 _context: ContextVar[tuple[tuple[str, object], ...]] = ContextVar("log_context", default=())
 
 
@@ -27,6 +29,7 @@ class ContextFilter(logging.Filter):
 
 def setup(role: str, *, debug: bool = False) -> None:
     """Configure the root logger once, from `cli`. Library code never configures logging."""
+    _told["debug"] = debug
     handler = logging.StreamHandler(sys.stderr)
     handler.addFilter(ContextFilter())
     handler.setFormatter(
@@ -35,3 +38,15 @@ def setup(role: str, *, debug: bool = False) -> None:
     logging.basicConfig(level=logging.DEBUG if debug else logging.INFO, handlers=[handler])
     for chatty in ("httpx", "httpcore", "uvicorn.error", "uvicorn.access", "aiosqlite", "alembic"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
+
+
+def set_level(*, debug: bool) -> None:
+    """Take in what `--debug` is now. Only where that changed does the level change: one that was
+    chosen by name (`log_level`) outlasts every other new setting."""
+    if _told.get("debug") == debug:
+        return
+    _told["debug"] = debug
+    root, level = logging.getLogger(), logging.DEBUG if debug else logging.INFO
+    if root.level != level:
+        root.setLevel(level)
+        root.info("log level is now %s", logging.getLevelName(level))

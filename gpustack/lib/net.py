@@ -3,6 +3,7 @@
 import ipaddress
 import re
 import socket
+from collections.abc import Mapping, Sequence
 from typing import Final
 from urllib.parse import urlsplit
 
@@ -35,6 +36,11 @@ def url_host(host: str) -> str:
     return f"[{host}]" if ":" in host else host
 
 
+def without_credentials(url: str) -> str:
+    """`url` as it may be shown: without the user and password that may stand before its host."""
+    return re.sub(r"//[^/?#]*@", "//", url)
+
+
 def can_bind(host: str, port: int) -> bool:
     """Whether nothing listens on `port` of `host` now. Shows it by binding."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -60,3 +66,42 @@ def address_towards(url: str | None) -> str:
             return str(probe.getsockname()[0])
     except OSError:
         return "127.0.0.1"
+
+
+def interface_address(name: str) -> str:
+    """The address of this machine's network interface `name`.
+
+    Raises:
+        ValueError: as `address_of`.
+    """
+    import psutil
+
+    found = psutil.net_if_addrs()
+    return address_of(
+        name, {one: [(of.family, of.address) for of in found[one]] for one in sorted(found)}
+    )
+
+
+def address_of(name: str, interfaces: Mapping[str, Sequence[tuple[int, str]]]) -> str:
+    """PURE: the address of one interface, IPv4 if it has any; never one that its link alone knows.
+
+    Args:
+        interfaces: by name: families and addresses.
+
+    Raises:
+        ValueError: there is no such interface, or it has no address; names those that have one.
+    """
+    usable = {one: _usable(addresses) for one, addresses in interfaces.items()}
+    if found := usable.get(name):
+        return found[0]
+    lack = "has no address" if name in usable else "is not there"
+    others = ", ".join(f"{one} ({own[0]})" for one, own in usable.items() if own)
+    raise ValueError(f"network interface {name[:40]!r} {lack}; with one there are: {others}")
+
+
+def _usable(addresses: Sequence[tuple[int, str]]) -> list[str]:
+    """IPv4 first."""
+    plain = [(family, text.partition("%")[0]) for family, text in addresses]
+    own = [text for family, text in plain if family == socket.AF_INET]
+    other = [text for family, text in plain if family == socket.AF_INET6]
+    return own + [text for text in other if not ipaddress.IPv6Address(text).is_link_local]

@@ -52,11 +52,31 @@ def write_private(path: Path, data: str | bytes) -> None:
         raise
 
 
-def lock(file: IO[Any]) -> bool:
+def sync_folder(folder: Path) -> None:
+    """Return once the names in `folder` would survive a power cut, where the system can say so."""
+    if not WINDOWS:
+        fd = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+
+def give_to_owner_of(place: Path, file: Path) -> None:
+    """Root gives `file` to whoever owns `place`; what others make is theirs already."""
+    if not WINDOWS and os.geteuid() == 0:
+        owner = place.stat()
+        os.chown(file, owner.st_uid, owner.st_gid)
+
+
+def lock(file: IO[Any], *, shared: bool = False) -> bool:
     """Take the exclusive lock on an open file; False if another process holds it.
 
     The lock goes with the file descriptor: it ends when the last copy of it is closed, so with
     the process however it ends.
+
+    Args:
+        shared: together with others who take it so, where the system can.
     """
     try:
         if WINDOWS:
@@ -65,7 +85,8 @@ def lock(file: IO[Any]) -> bool:
             msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
             file.seek(0)
         else:
-            fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+            kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+            fcntl.flock(file.fileno(), kind | fcntl.LOCK_NB)
     except OSError:
         return False
     return True
@@ -197,14 +218,21 @@ async def wait_exit(pid: int) -> None:
         fd = os.pidfd_open(pid)
     except ProcessLookupError:
         return
-    loop = asyncio.get_running_loop()
-    gone = asyncio.Event()
-    loop.add_reader(fd, gone.set)
     try:
-        await gone.wait()
+        await wait_readable(fd)
+    finally:
+        os.close(fd)
+
+
+async def wait_readable(fd: int) -> None:
+    """Return when there is something to read from `fd`, its end included."""
+    loop = asyncio.get_running_loop()
+    readable = asyncio.Event()
+    loop.add_reader(fd, readable.set)
+    try:
+        await readable.wait()
     finally:
         loop.remove_reader(fd)
-        os.close(fd)
 
 
 # --- roles and their launcher --------------------------------------------------------------

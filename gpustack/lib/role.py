@@ -1,9 +1,9 @@
 """The thread between a role and its launcher: how it is told to start, to reload and to leave.
 
 The launcher writes JSON lines to the role's standard input and keeps that pipe open. The first
-line says how to start (`Boot`); later ones are orders: `stop`, or `level` and a log level. The
-pipe's end means that the launcher is gone or has been replaced, however it died: the kernel tells
-us, no heartbeat is needed.
+line says how to start (`Boot`); later ones are orders: `stop`, or `reload` and the settings that
+may change while a role runs, as JSON. The pipe's end means that the launcher is gone or has been
+replaced, however it died: the kernel tells us, no heartbeat is needed.
 """
 
 import asyncio
@@ -12,11 +12,12 @@ import logging
 import os
 import signal
 import socket
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
-from gpustack.lib import platform
+from gpustack.lib import logs, platform
 
 logger = logging.getLogger(__name__)
 
@@ -55,24 +56,34 @@ class Boot:
         return socket.socket(fileno=self.sockets[name])
 
 
-async def leave() -> Leave:
-    """Wait until this role should end, and say why. Carries out other orders meanwhile."""
+#: Called with what an order to reload brings: the settings that may change, by key, as JSON.
+Reload = Callable[[dict[str, Any]], None]
+
+
+async def leave(reload: Reload = lambda _: None) -> Leave:
+    """Wait until this role should end, and say why. Carries out other orders meanwhile.
+
+    Args:
+        reload: takes new settings in. A new `debug` is taken in here, for every role.
+    """
     loop = asyncio.get_running_loop()
     told: asyncio.Future[Leave] = loop.create_future()
+    rest = b""
 
     def tell(reason: Leave) -> None:
         if not told.done():
             told.set_result(reason)
 
     def readable() -> None:
-        data = os.read(STDIN, 4096)
-        for order in data.decode().splitlines():
-            match order.split():
-                case ["stop"]:
-                    tell(Leave.STOP)
-                case ["level", level]:
-                    logging.getLogger().setLevel(level)
-                    logger.info("log level is now %s", level)
+        nonlocal rest
+        data = os.read(STDIN, 65536)
+        *orders, rest = (rest + data).split(b"\n")
+        for order in orders:
+            word, _, told_with = order.partition(b" ")
+            if word == b"stop":
+                tell(Leave.STOP)
+            elif word == b"reload":
+                _take_in(json.loads(told_with), reload)
         if not data:
             loop.remove_reader(STDIN)  # level-triggered: it would be called for ever
             tell(Leave.ORPHANED)
@@ -88,3 +99,11 @@ async def leave() -> Leave:
         return await told
     finally:
         loop.remove_reader(STDIN)
+
+
+def _take_in(settings: dict[str, Any], reload: Reload) -> None:
+    logs.set_level(debug=bool(settings.get("debug")))
+    try:
+        reload(settings)
+    except Exception:  # a role that runs must not end because of a setting
+        logger.exception("new settings were not taken in")

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import reduce
 
 from gpustack.schemas.placements import Claim
 from gpustack.schemas.workers import Worker
@@ -32,6 +33,17 @@ class Node:
             },
         )
 
+    def plus(self, claim: Claim) -> "Node":
+        """As if `claim`, which is on it, were not."""
+        return replace(
+            self,
+            free_ram_bytes=self.free_ram_bytes + claim.ram_bytes,
+            free_vram_bytes={
+                index: free + claim.vram_bytes.get(index, 0)
+                for index, free in self.free_vram_bytes.items()
+            },
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
@@ -55,6 +67,15 @@ class Snapshot:
         """The world as it will be once this placement is made."""
         return Snapshot(
             tuple(node.minus(claim) if node.worker.id == worker_id else node for node in self.nodes)
+        )
+
+    def without_claims(self, claims: Iterable[tuple[int, Claim]]) -> "Snapshot":
+        """The world as it would be if these, which are there, were not."""
+        freed: dict[int, list[Claim]] = {}
+        for worker_id, claim in claims:
+            freed.setdefault(worker_id, []).append(claim)
+        return Snapshot(
+            tuple(reduce(Node.plus, freed.get(node.worker.id, []), node) for node in self.nodes)
         )
 
     def with_instances(self, counts: Mapping[int, int]) -> "Snapshot":

@@ -1,10 +1,18 @@
 """What every schema shares."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable
 from datetime import UTC, datetime
+from math import isfinite
 from typing import Annotated, Any, Generic, TypeVar
 
-from pydantic import BaseModel, ConfigDict, PlainSerializer, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    model_validator,
+)
 
 T = TypeVar("T")
 
@@ -17,45 +25,97 @@ def _rfc3339(time: datetime) -> str:
 Time = Annotated[datetime, PlainSerializer(_rfc3339, return_type=str)]
 
 
-class Input(BaseModel):
-    """A body that somebody sends: an unknown field is a mistake worth naming."""
+class Schema(BaseModel):
+    """Made ready when it is first used: at a start most are not, and all would take a while."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(defer_build=True)
+
+
+class Input(Schema):
+    """What somebody sends, in a query or a body: an unknown field is a mistake worth naming."""
+
+    # FastAPI makes these ready at once; later it would warn of what it put there itself.
+    model_config = ConfigDict(extra="forbid", defer_build=False)
 
     @model_validator(mode="before")
     @classmethod
-    def _is_text_that_can_be_kept(cls, body: Any) -> Any:
-        """Half a surrogate pair cannot be encoded, and NUL ends a text for half the world."""
-        for text in _texts(body):
-            if "\0" in text or any("\ud800" <= letter <= "\udfff" for letter in text):
-                raise ValueError("a text holds NUL or half a surrogate pair, which is no character")
+    def _can_be_kept(cls, body: Any) -> Any:
+        if problem := _problem(body):
+            raise ValueError(problem)
+        waiting: list[tuple[str, Any]] = [("", body)]
+        while waiting:  # however deep it is
+            place, container = waiting.pop()
+            for key, value in _items(container):
+                if problem := _problem(key):
+                    raise ValueError(f"{place[:-1]}: {problem}" if place else problem)
+                if problem := _problem(value):
+                    raise ValueError(f"{place}{key}: {problem}")
+                if isinstance(value, dict | list | tuple):
+                    waiting.append((f"{place}{key}.", value))
         return body
 
 
-def _texts(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict):
-        for pair in value.items():
-            yield from _texts(pair)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _texts(item)
+def _items(container: Any) -> Iterable[tuple[Any, Any]]:
+    if isinstance(container, dict):
+        return container.items()
+    return enumerate(container) if isinstance(container, list | tuple) else ()
 
 
-class Fact(BaseModel):
+def _problem(value: Any) -> str:
+    """Why `value` cannot be kept; empty: it can, as far as it is no list or object.
+
+    Half a surrogate pair cannot be encoded, and NUL ends a text for half the world; no database
+    has larger integers, and JSON knows neither infinity nor NaN.
+    """
+    match value:
+        case str() if "\0" in value or not (value.isascii() or _encodes(value)):
+            return "a text holds NUL or half a surrogate pair, which is no character"
+        case int() if not -(2**63) <= value < 2**63:
+            return "want an integer of at most 64 bits"
+        case float() if not isfinite(value):
+            return "want a finite number"
+    return ""
+
+
+def _encodes(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+class Body(Input):
+    """A body that somebody sends: in JSON a number is no text, and true is no number."""
+
+    model_config = ConfigDict(strict=True)
+
+
+def _is_one_line(text: str) -> str:
+    if not text.isprintable() or text != text.strip():
+        raise ValueError("want one line of letters, digits, signs and spaces between them")
+    return text
+
+
+#: Text that is shown as it is: in tables, metrics and logs.
+OneLine = Annotated[
+    str, Field(json_schema_extra={"pattern": r"^\S(.*\S)?$"}), AfterValidator(_is_one_line)
+]
+
+
+class Fact(Schema):
     """Something the pure core reasons on: it never changes."""
 
     model_config = ConfigDict(frozen=True)
 
 
-class Pagination(BaseModel):
+class Pagination(Schema):
     page: int
     perPage: int
     total: int
     totalPage: int
 
 
-class Page(BaseModel, Generic[T]):
+class Page(Schema, Generic[T]):
     items: list[T]
     pagination: Pagination

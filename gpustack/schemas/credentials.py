@@ -2,9 +2,9 @@
 
 from enum import StrEnum
 
-from pydantic import BaseModel, Field
+from pydantic import Field
 
-from gpustack.schemas.base import Input, Time
+from gpustack.schemas.base import Body, OneLine, Schema, Time
 
 
 class CredentialKind(StrEnum):
@@ -19,9 +19,10 @@ class Scope(StrEnum):
     ALL = "*"
     INFERENCE = "inference"
     MANAGEMENT = "management"
+    METRICS = "metrics"
 
 
-class Credential(BaseModel):
+class Credential(Schema):
     """A credential as gateways see it: never the secret, only its digest."""
 
     id: int
@@ -34,8 +35,8 @@ class Credential(BaseModel):
     password_change_required: bool = False
 
 
-class ApiKeyUpdate(Input):
-    name: str = Field(min_length=1, max_length=128)
+class ApiKeyUpdate(Body):
+    name: OneLine = Field(min_length=1, max_length=128)
     description: str | None = None
 
 
@@ -45,7 +46,7 @@ class ApiKeyCreate(ApiKeyUpdate):
     )
 
 
-class ApiKey(BaseModel):
+class ApiKey(Schema):
     id: int
     name: str
     description: str | None = None

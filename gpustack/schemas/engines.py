@@ -1,9 +1,9 @@
 """The record that an agent keeps on disk of each engine that it runs."""
 
-from pydantic import BaseModel
+from gpustack.schemas.base import Schema
 
 
-class EngineRecord(BaseModel):
+class EngineRecord(Schema):
     """`<data-dir>/engines/<uid>.json`, mode 0600, replaced atomically.
 
     Written before the engine is spawned, completed after: a record without a pid is one whose
@@ -14,6 +14,7 @@ class EngineRecord(BaseModel):
         start_ticks: `lib.platform.start_ticks` of the pid.
         secret_file: what requests to the engine must show, in a file of its own (0600).
         argv: the command; it holds no secret.
+        busy_gauges: its metrics whose sum is the number of requests that it has.
     """
 
     uid: str
@@ -25,6 +26,7 @@ class EngineRecord(BaseModel):
     log_file: str
     argv: list[str]
     health_path: str
+    busy_gauges: list[str] = []
     restart_count: int = 0
     boot_id: str
     pid: int | None = None

@@ -1,11 +1,11 @@
 """An instance: one copy of a model."""
 
 from enum import StrEnum
-from typing import Final
+from typing import Annotated, Final
 
-from pydantic import BaseModel, Field
+from pydantic import Field, Strict
 
-from gpustack.schemas.base import Input, Time
+from gpustack.schemas.base import Body, Schema, Time
 from gpustack.schemas.models import VersionSpec
 from gpustack.schemas.placements import Claim, Reason
 
@@ -57,7 +57,7 @@ def can_move(old: InstanceState, new: InstanceState) -> bool:
     return old in _PLACED and new in {InstanceState.ERROR, InstanceState.UNREACHABLE}
 
 
-class InstanceStatus(Input):
+class InstanceStatus(Body):
     """What the worker that an instance is placed on says of it. It is the only writer.
 
     Attributes:
@@ -66,7 +66,7 @@ class InstanceStatus(Input):
         restart_count: starts after the first.
     """
 
-    state: InstanceState
+    state: Annotated[InstanceState, Strict(False)]
     state_message: str = ""
     observed_generation: int = 0
     port: int | None = None
@@ -75,13 +75,35 @@ class InstanceStatus(Input):
     download_progress: float | None = Field(None, ge=0, le=100)
 
 
-class Instance(BaseModel):
+class Member(Schema):
+    """The part of a distributed instance on one worker.
+
+    Attributes:
+        rank: 0 is the part that answers requests; it is on the instance's own worker.
+        ports: what for -> port that this part listens on.
+    """
+
+    rank: int
+    worker_id: int
+    worker_name: str
+    claim: Claim
+    ports: dict[str, int] = Field(default_factory=dict)
+    state: InstanceState
+    state_message: str = ""
+    observed_generation: int = 0
+    pid: int | None = None
+    restart_count: int = 0
+    download_progress: float | None = None
+
+
+class Instance(Schema):
     """An instance as users see it.
 
     Attributes:
         model_generation: the model's generation whose version it runs.
         generation: counts changes of what it should be (a retry, its deletion).
         reasons: while pending, one per worker that was looked at.
+        members: the parts of one that is on several workers, by rank; they have the claims then.
     """
 
     id: int
@@ -96,6 +118,7 @@ class Instance(BaseModel):
     state_message: str = ""
     reasons: list[Reason] = Field(default_factory=list)
     claim: Claim | None = None
+    members: list[Member] = Field(default_factory=list)
     port: int | None = None
     pid: int | None = None
     restart_count: int = 0
@@ -113,10 +136,15 @@ class RoutedInstance(Instance):
 
 
 class AssignedInstance(RoutedInstance):
-    """An instance as the worker that it is placed on sees it: all it takes to run it."""
+    """An instance as the worker that it is placed on sees it: all it takes to run it.
+
+    Attributes:
+        drain: when it is to go, the requests that it is answering may end first.
+    """
 
     spec: VersionSpec
     restart_on_error: bool = True
+    drain: bool = False
 
 
 def shown_state(

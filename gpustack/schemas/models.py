@@ -3,9 +3,9 @@
 from enum import StrEnum
 from typing import Annotated, Self
 
-from pydantic import BaseModel, Field, StringConstraints, model_validator
+from pydantic import Field, Strict, StringConstraints, model_validator
 
-from gpustack.schemas.base import Input, Time
+from gpustack.schemas.base import Body, Schema, Time
 from gpustack.schemas.profiles import Profile
 
 NAME_PATTERN = r"^[A-Za-z0-9._:/-]{1,128}$"
@@ -28,26 +28,18 @@ class PlacementStrategy(StrEnum):
     BINPACK = "binpack"  # prefer the fullest that still fits
 
 
-class VersionSpec(BaseModel):
-    """The part of a model's spec that an instance is started from.
-
-    An instance keeps the version it was made with; editing the model makes a new one.
+class ModelSource(Schema):
+    """Where a model's files come from.
 
     Attributes:
         huggingface_filename: one file of the repository; needed for GGUF.
-        backend: engine to run it; None lets the server choose.
-        backend_parameters: arguments for the engine, each `--name=value`, `--name` or a value.
+        local_path: an absolute path on workers.
     """
 
-    source: Source
+    source: Annotated[Source, Strict(False)]
     huggingface_repo_id: str | None = None
     huggingface_filename: str | None = None
     local_path: str | None = None
-    categories: list[Category] = Field(default_factory=list)
-    backend: str | None = None
-    backend_version: str | None = None
-    backend_parameters: list[str] = Field(default_factory=list)
-    env: dict[str, str] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _source_is_complete(self) -> Self:
@@ -58,6 +50,13 @@ class VersionSpec(BaseModel):
         return self
 
     @property
+    def identity(self) -> tuple[str, ...]:
+        """The same for two that mean the same files."""
+        if self.source is Source.LOCAL_PATH:
+            return (self.source, str(self.local_path))
+        return (self.source, str(self.huggingface_repo_id), self.huggingface_filename or "")
+
+    @property
     def location(self) -> str:
         """Where the files come from, for people to read."""
         if self.source is Source.LOCAL_PATH:
@@ -66,13 +65,30 @@ class VersionSpec(BaseModel):
         return f"{self.huggingface_repo_id}{file}"
 
 
+class VersionSpec(ModelSource):
+    """The part of a model's spec that an instance is started from.
+
+    An instance keeps the version it was made with; editing the model makes a new one.
+
+    Attributes:
+        backend: engine to run it; None lets the server choose.
+        backend_parameters: arguments for the engine, each `--name=value`, `--name` or a value.
+    """
+
+    categories: list[Annotated[Category, Strict(False)]] = Field(default_factory=list)
+    backend: str | None = None
+    backend_version: str | None = None
+    backend_parameters: list[str] = Field(default_factory=list)
+    env: dict[str, str] = Field(default_factory=dict)
+
+
 class ModelSpec(VersionSpec):
     """All that a user may say of a model."""
 
     name: Name
     description: str | None = None
     replicas: int = Field(1, ge=0, le=1000)
-    placement_strategy: PlacementStrategy = PlacementStrategy.SPREAD
+    placement_strategy: Annotated[PlacementStrategy, Strict(False)] = PlacementStrategy.SPREAD
     worker_selector: dict[str, str] = Field(default_factory=dict)
     restart_on_error: bool = True
 
@@ -83,11 +99,11 @@ class ModelSpec(VersionSpec):
         )
 
 
-class ModelCreate(ModelSpec, Input):
+class ModelCreate(ModelSpec, Body):
     """Body of POST /v2/models."""
 
 
-class ModelUpdate(ModelSpec, Input):
+class ModelUpdate(ModelSpec, Body):
     """Body of PUT /v2/models/{id}: the whole spec.
 
     Attributes:
@@ -97,12 +113,96 @@ class ModelUpdate(ModelSpec, Input):
     generation: int | None = None
 
 
+class RolloutState(StrEnum):
+    """How far a model's instances are with the version that is wanted."""
+
+    DONE = "done"  # as many as there should be are of that version and answer
+    ROLLING = "rolling"  # some are not yet
+    PAUSED = "paused"  # and nothing is being done about it; `message` says why
+
+
+class VersionCount(Schema):
+    """Instances of one version, those that are being stopped left out.
+
+    Attributes:
+        generation: the model's, that the version came with.
+        ready: of them, those that answer.
+    """
+
+    generation: int
+    instances: int = 0
+    ready: int = 0
+
+
+class Rollout(Schema):
+    """How far a model's instances are with the version that is wanted.
+
+    Attributes:
+        generation: of the wanted version. One that says the same counts as that.
+        message: why nothing more is done; empty otherwise.
+        versions: oldest first; the wanted one always, others while there are instances of them.
+    """
+
+    generation: int
+    state: RolloutState
+    message: str = ""
+    versions: list[VersionCount]
+
+    @property
+    def ready(self) -> int:
+        """Instances that answer, of any version."""
+        return sum(count.ready for count in self.versions)
+
+
+class ModelVersion(Schema):
+    """What instances were started from, as of one generation of their model.
+
+    Attributes:
+        wanted: instances should be of this version, or say the same.
+    """
+
+    generation: int
+    wanted: bool
+    spec: VersionSpec
+    created_at: Time
+
+
+class Rollback(Body):
+    """Body of POST /v2/models/{id}/rollback.
+
+    Attributes:
+        to: generation whose version is wanted again; None: the newest that says something else
+            than the present one.
+        generation: the generation that was read; a newer one is a conflict. None: do not compare.
+    """
+
+    to: int | None = Field(None, ge=1, le=2**31 - 1)
+    generation: int | None = None
+
+
+class Deletion(Schema):
+    """What became of one id of DELETE /v2/models?ids=….
+
+    Attributes:
+        deleting: it goes with its last instance; False: there is no such model.
+    """
+
+    id: int
+    deleting: bool
+    message: str = ""
+
+
+class Deletions(Schema):
+    items: list[Deletion]
+
+
 class Model(ModelSpec):
     """A model as the API shows it.
 
     Attributes:
         generation: counts changes of the spec.
         ready_replicas: instances that answer requests now.
+        rollout: which versions its instances are of.
         profile: what the model's own files say of it; None until they were read.
         state_message: why it is not what its spec says; empty when it is.
     """
@@ -110,6 +210,7 @@ class Model(ModelSpec):
     id: int
     generation: int
     ready_replicas: int = 0
+    rollout: Rollout
     profile: Profile | None = None
     state_message: str = ""
     deleting: bool = False

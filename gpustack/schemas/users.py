@@ -1,11 +1,38 @@
 """Users and how they log in."""
 
-from pydantic import BaseModel, Field
+from typing import Annotated
 
-from gpustack.schemas.base import Input, Time
+from pydantic import AfterValidator, Field
+
+from gpustack.schemas.base import Body, Schema, Time
+
+USERNAME_LENGTH = 128
 
 
-class User(BaseModel):
+def _is_name(username: str) -> str:
+    """Shown as it is, and part of what is split at colons and slashes."""
+    if not username.isprintable() or any(letter.isspace() or letter in ":/" for letter in username):
+        raise ValueError("want letters, digits and signs without spaces, colons and slashes")
+    return username
+
+
+Username = Annotated[
+    str,
+    Field(
+        min_length=1, max_length=USERNAME_LENGTH, json_schema_extra={"pattern": r"^[^\s:/]{1,128}$"}
+    ),
+    AfterValidator(_is_name),
+]
+FullName = Annotated[str | None, Field(max_length=128)]
+
+
+class User(Schema):
+    """A user as the API shows it.
+
+    Attributes:
+        require_password_change: nothing else can be done with the next login before that.
+    """
+
     id: int
     username: str
     full_name: str | None = None
@@ -14,12 +41,59 @@ class User(BaseModel):
     created_at: Time
 
 
-class MeUpdate(Input):
+class UserCreate(Body):
+    """Body of POST /v2/users.
+
+    Attributes:
+        password: None: one is made, which must be changed at the first login.
+    """
+
+    username: Username
+    full_name: FullName = None
+    is_admin: bool = False
+    password: str | None = None
+    require_password_change: bool = False
+
+
+class UserCreated(User):
+    """The one time that a generated password is shown; None: the one that was given holds."""
+
+    password: str | None
+
+
+class UserUpdate(Body):
+    """Body of PUT /v2/users/{id}.
+
+    Attributes:
+        password: a new one; the user's sessions end. None: it stays.
+        require_password_change: None: it stays.
+    """
+
+    username: Username
+    full_name: FullName = None
+    is_admin: bool
+    password: str | None = None
+    require_password_change: bool | None = None
+
+
+class MeUpdate(Body):
     """What users may change of themselves: nothing that grants anything."""
 
-    full_name: str | None = Field(None, max_length=128)
+    full_name: FullName = None
 
 
-class PasswordUpdate(Input):
+class PasswordReset(Body):
+    """What an administrator says of another's password; None: make one."""
+
+    password: str | None = None
+
+
+class PasswordSet(Schema):
+    """The one time that a generated password is shown; None: the one that was given holds."""
+
+    password: str | None
+
+
+class PasswordUpdate(Body):
     current_password: str
     new_password: str

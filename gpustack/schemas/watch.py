@@ -3,7 +3,7 @@
 from enum import StrEnum
 from typing import Any
 
-from pydantic import BaseModel
+from gpustack.schemas.base import Schema
 
 
 class EventType(StrEnum):
@@ -14,7 +14,7 @@ class EventType(StrEnum):
     HEARTBEAT = "heartbeat"  # nothing happened, up to and including `cursor`
 
 
-class WatchEvent(BaseModel):
+class WatchEvent(Schema):
     type: EventType
     kind: str | None = None
     id: int | None = None

@@ -8,6 +8,7 @@ GATEWAY_HEADER = "x-gpustack-gateway"  # the credential
 PEER_HEADER = "x-gpustack-peer"  # address of the client's socket
 SCHEME_HEADER = "x-gpustack-scheme"  # http or https
 LOCAL_HEADER = "x-gpustack-local"  # "1": the loopback rule holds, no login is needed
+VOUCHED_HEADER = "x-gpustack-vouched"  # "1": this origin's pages may use their user's session
 
 # Gateway to relay: which instance. The secret travels as `Authorization: Bearer`.
 INSTANCE_HEADER = "x-gpustack-instance"
@@ -22,6 +23,9 @@ PRIVATE_PREFIX = "x-gpustack-"
 MODELS = "models"
 INSTANCES = "model-instances"
 WORKERS = "workers"
+MODEL_FILES = "model-files"
 CREDENTIALS = "credentials"
+API_KEYS = "api-keys"  # each user's own, without what is secret of them
+KINDS = frozenset({MODELS, INSTANCES, WORKERS, MODEL_FILES, CREDENTIALS, API_KEYS})
 
 SESSION_COOKIE = "gpustack_session"

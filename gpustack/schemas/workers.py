@@ -1,10 +1,14 @@
 """A worker: a machine that runs an agent."""
 
 from enum import StrEnum
+from typing import Annotated
 
-from pydantic import BaseModel, Field
+from pydantic import ConfigDict, Field, StringConstraints
 
-from gpustack.schemas.base import Input, Time
+from gpustack.schemas.base import Body, OneLine, Schema, Time
+
+LabelKey = Annotated[str, StringConstraints(min_length=1, max_length=253, pattern="^[^=]+$")]
+LabelValue = Annotated[str, StringConstraints(max_length=253)]
 
 
 class WorkerState(StrEnum):
@@ -13,8 +17,10 @@ class WorkerState(StrEnum):
     UNREACHABLE = "unreachable"  # silent for longer than the limit, by the server's clock
 
 
-class Device(BaseModel):
+class Device(Schema):
     """One GPU or NPU."""
+
+    model_config = ConfigDict(strict=True)
 
     index: int
     name: str = ""
@@ -26,7 +32,7 @@ class Device(BaseModel):
     utilization_percent: float | None = None
 
 
-class WorkerStatus(Input):
+class WorkerStatus(Body):
     """What a worker has (facts), and how much of it is used now (measured).
 
     A change of a fact is news to whoever watches; measured use is not.
@@ -49,11 +55,26 @@ class WorkerStatus(Input):
             del device["memory_used_bytes"], device["utilization_percent"]
         return facts
 
+    def measured(self) -> dict[str, object]:
+        """What is no news, with what it comes to for all devices."""
+        devices = self.gpu_devices
+        busy = [one.utilization_percent for one in devices if one.utilization_percent is not None]
+        return {
+            "cpu_percent": self.cpu_percent,
+            "memory_used_bytes": self.memory_used_bytes,
+            "devices_used": [
+                one.model_dump(include={"memory_used_bytes", "utilization_percent"})
+                for one in devices
+            ],
+            "gpu_percent": sum(busy) / len(busy) if busy else None,
+            "vram_used_bytes": sum(one.memory_used_bytes for one in devices),
+        }
 
-class Registration(Input):
+
+class Registration(Body):
     """Body of POST /v2/workers/register, and of PUT /v2/workers/{id}/registration."""
 
-    name: str = Field(min_length=1, max_length=253)
+    name: OneLine = Field(min_length=1, max_length=253)
     hostname: str = ""
     machine_id: str
     boot_id: str
@@ -66,7 +87,7 @@ class Registration(Input):
     version: str = ""
 
 
-class Registered(BaseModel):
+class Registered(Schema):
     """Answer to a registration.
 
     Attributes:
@@ -80,19 +101,42 @@ class Registered(BaseModel):
     agent_secret: str
 
 
-class Heartbeat(Input):
+class Heartbeat(Body):
     machine_id: str
     boot_id: str
     run_id: str
 
 
-class Worker(BaseModel):
+class WorkerUpdate(Body):
+    """Body of PUT /v2/workers/{id}: what administrators say of a worker.
+
+    Attributes:
+        labels: all that they give it. The worker's own stay beside them; of two with one key,
+            this one is shown.
+        generation: the generation that was read; a newer one is a conflict. None: do not compare.
+    """
+
+    labels: dict[LabelKey, LabelValue] = Field(max_length=100)
+    generation: int | None = None
+
+
+class Worker(Schema):
+    """A worker as the API shows it.
+
+    Attributes:
+        labels: the worker's own and the administrators' together; models select by these.
+        admin_labels: those from administrators alone.
+        generation: counts what administrators changed.
+    """
+
     id: int
     name: str
     hostname: str
     address: str
     port: int
     labels: dict[str, str]
+    admin_labels: dict[str, str] = Field(default_factory=dict)
+    generation: int = 1
     system_reserved_ram_bytes: int
     system_reserved_vram_bytes: int
     state: WorkerState

@@ -3,27 +3,38 @@
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Mapping
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import uvicorn
-from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse
-from sqlmodel import col, select
+from fastapi import FastAPI
+from fastapi.routing import APIRoute
 
 from gpustack import __version__
-from gpustack.config.load import from_json
+from gpustack.config.load import from_json, with_hot
 from gpustack.config.options import Settings
 from gpustack.lib.locks import take_over
-from gpustack.lib.role import Boot, leave
+from gpustack.lib.role import Boot, Leave, Reload, leave
 from gpustack.lib.tasks import forever
 from gpustack.schemas import wire
+from gpustack.server import metrics
 from gpustack.server.api import (
+    acting,
     api_keys,
+    apply,
+    audit,
     auth,
+    dashboard,
+    docs,
     errors,
+    events,
+    gpu_devices,
     instances,
+    log_levels,
+    model_files,
     models,
     probes,
     usage,
@@ -31,109 +42,193 @@ from gpustack.server.api import (
     watch,
     workers,
 )
+from gpustack.server.api import settings as start_options
+from gpustack.server.auth.known import Known
 from gpustack.server.auth.passwords import hash_now
-from gpustack.server.auth.principals import AnyUser
-from gpustack.server.controllers import placement, runner
-from gpustack.server.controllers.instances import Instances
-from gpustack.server.controllers.models import Models
-from gpustack.server.controllers.placement import Placements
-from gpustack.server.controllers.profiles import Profiles
-from gpustack.server.controllers.queue import WorkQueue
-from gpustack.server.controllers.workers import Workers
-from gpustack.server.db import tables
-from gpustack.server.db.bootstrap import bootstrap
+from gpustack.server.auth.principals import Principal
+from gpustack.server.db.bootstrap import bootstrap, node_id
 from gpustack.server.db.database import Database
-from gpustack.server.db.history import prune
+from gpustack.server.db.embedded import database_url, embedded
+from gpustack.server.db.leases import Leases
 from gpustack.server.db.migrate import migrate
 from gpustack.server.feed import Feed
 from gpustack.server.heartbeats import WRITE_EVERY_S, Heartbeats
+from gpustack.server.leading import Control, lead
 
 logger = logging.getLogger(__name__)
 
-RELIST_S = 180.0
 #: Requests that are being answered when the server is told to go get this long.
 GRACE_S = 3
+#: An embedded database starts beside the server; after a crash it has its log to read.
+EMBEDDED_START_S = 60.0
 
 
-class Queues:
-    """Which controllers look at what when an object changes."""
+class News:
+    """Who is told of a change: what was remembered of it holds no more, then all who wait for it.
 
-    def __init__(self) -> None:
-        self.models, self.profiles = WorkQueue[int](), WorkQueue[int]()
-        self.placement = WorkQueue[int]()
-        self.instances, self.workers = WorkQueue[int](), WorkQueue[int]()
+    Attributes:
+        known: the principals that were looked up.
+        control, feed: once there is one.
+    """
+
+    def __init__(self, heartbeats: Heartbeats) -> None:
+        self.known = Known[Principal]()
+        self.control: Control | None = None
+        self.feed: Feed | None = None
+        self._heartbeats = heartbeats
+
+    def committed(self, changed: Iterable[tuple[str, int]]) -> None:
+        """This server has changed these, and has not acknowledged it yet."""
+        for key in changed:
+            self._forget(*key)
+        if self.feed is not None:
+            self.feed.committed()
 
     def hint(self, kind: str, row_id: int) -> None:
-        if kind == wire.MODELS:
-            self.models.add(row_id)
-            self.profiles.add(row_id)
-        elif kind == wire.INSTANCES:
-            self.instances.add(row_id)
+        """Somebody has changed this, perhaps another server."""
+        self._forget(kind, row_id)
+        if self.control is not None:
+            self.control.hint(kind, row_id)
+
+    def _forget(self, kind: str, row_id: int) -> None:
+        if kind == wire.CREDENTIALS:
+            self.known.forget()
         elif kind == wire.WORKERS:
-            self.workers.add(row_id)
-        if kind != wire.CREDENTIALS:
-            self.placement.add(placement.ALL)
-
-    async def relist(self, db: Database) -> None:
-        """Look at everything: what a hint was lost for is seen here."""
-        for kind in (wire.MODELS, wire.INSTANCES, wire.WORKERS):
-            async with db.read() as session:
-                ids = (await session.exec(select(col(tables.WATCHED[kind].id)))).all()
-            for row_id in ids:
-                self.hint(kind, row_id or 0)
+            self._heartbeats.forget(row_id)
 
 
-def create_app(db: Database, feed: Feed, heartbeats: Heartbeats, join_token: str | None) -> FastAPI:
+class Api(FastAPI):
+    """The application, which says of each of its routes all that it can answer."""
+
+    def openapi(self) -> dict[str, Any]:
+        """The OpenAPI document; made when it is first asked for."""
+        if self.openapi_schema is None:
+            from gpustack.server.api.openapi import describe
+
+            self.openapi_schema = describe(self)
+        return self.openapi_schema
+
+
+def create_app(
+    db: Database,
+    feed: Feed,
+    heartbeats: Heartbeats,
+    join_token: str | None,
+    known: Known[Principal],
+    *,
+    openapi_docs: bool = True,
+) -> FastAPI:
     """The API. Every route but the probes and the ways in needs a credential."""
-    app = FastAPI(
+    app = Api(
         title="gpustack", version=__version__, docs_url=None, redoc_url=None, openapi_url=None
     )
     app.state.db, app.state.feed = db, feed
     app.state.heartbeats, app.state.join_token = heartbeats, join_token
+    app.state.known, app.state.served = known, metrics.Served()
     errors.install(app)
-    for part in (probes, auth, models, instances, workers, api_keys, users, watch, usage):
-        app.include_router(part.router)
-
-    @app.get("/openapi.json", include_in_schema=False)
-    async def openapi(request: Request, user: AnyUser) -> JSONResponse:
-        return JSONResponse(app.openapi())
-
+    app.add_middleware(acting.Acting, db=db)
+    # Not include_router: that would make every route, and match each request, a second time.
+    for part in (
+        probes, auth, models, instances, workers, api_keys, users, watch, usage, log_levels,
+        events, audit, apply, start_options, gpu_devices, dashboard, model_files,
+    ):  # fmt: skip
+        app.router.routes += part.router.routes
+    if openapi_docs:
+        app.router.routes += docs.router.routes
+    fixed = (route.path for route in app.routes if isinstance(route, APIRoute))
+    app.state.fixed_paths = frozenset(path for path in fixed if "{" not in path)
     return app
 
 
 async def serve(boot: Boot) -> None:
     """Run the control plane until it is told to leave."""
-    settings = from_json(boot.settings)
-    with take_over(settings.data_dir / "server.lock"):
-        await asyncio.to_thread(migrate, settings.database_url.reveal())
-        async with control_plane(settings, boot.extra) as app:
-            server = _Server(
-                uvicorn.Config(
-                    app,
-                    http="httptools",
-                    log_config=None,
-                    access_log=False,
-                    server_header=False,
-                    lifespan="off",
-                    backlog=4096,
-                    timeout_graceful_shutdown=GRACE_S,
-                    timeout_keep_alive=75,
-                )
+    await run(boot, leave)
+
+
+class ApiServer(uvicorn.Server):
+    """The API over HTTP."""
+
+    def __init__(self, app: FastAPI) -> None:
+        super().__init__(
+            uvicorn.Config(
+                app,
+                http="httptools",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                lifespan="off",
+                backlog=4096,
+                timeout_graceful_shutdown=GRACE_S,
+                timeout_keep_alive=75,
             )
-            async with asyncio.TaskGroup() as group:
-                group.create_task(server.serve(sockets=[boot.socket("api")]))
-                reason = await leave()
-                logger.info("server leaves: %s", reason)
-                app.state.feed.close()
-                server.should_exit = True
-
-
-class _Server(uvicorn.Server):
-    """Signals are the role's business, not uvicorn's."""
+        )
 
     @contextlib.contextmanager
     def capture_signals(self):  # type: ignore[no-untyped-def]
+        """Signals are the role's business, not uvicorn's."""
         yield
+
+    async def attach(self, connection: socket.socket) -> None:
+        """Answer requests that come over `connection`, which belongs to this server now.
+
+        Raises:
+            ConnectionRefusedError: it is about to end.
+        """
+        if self.should_exit:
+            raise ConnectionRefusedError("the server ends")
+
+        def protocol() -> asyncio.Protocol:
+            return self.config.http_protocol_class(  # type: ignore[call-arg]
+                config=self.config, server_state=self.server_state, app_state=self.lifespan.state
+            )
+
+        await asyncio.get_running_loop().connect_accepted_socket(protocol, connection)
+
+
+async def run(
+    boot: Boot,
+    leave: Callable[[Reload], Awaitable[Leave]],
+    *,
+    started: Callable[[ApiServer], None] = lambda _: None,
+) -> None:
+    """The control plane, once it alone acts for its data directory, until `leave` returns.
+
+    It listens at the sockets `api` and `metrics`, where `boot` has them.
+
+    Args:
+        leave: given what takes in settings that a running server may change.
+        started: told when the API answers.
+    """
+    settings = from_json(boot.settings)
+    with contextlib.ExitStack() as held:
+        # In a thread: in a process that is a gateway too, requests go on meanwhile.
+        await asyncio.to_thread(held.enter_context, take_over(settings.data_dir / "server.lock"))
+        patience_s = EMBEDDED_START_S if embedded(settings) else 0.0
+        await asyncio.to_thread(migrate, database_url(settings), patience_s=patience_s)
+        async with control_plane(settings, boot.extra) as app, asyncio.TaskGroup() as group:
+            server = ApiServer(app)
+            at = [boot.socket("api")] if "api" in boot.sockets else []
+            group.create_task(server.serve(sockets=at))
+            measured = group.create_task(_measured(boot, settings, app))
+            while not server.started:  # noqa: ASYNC110  uvicorn has no event for it
+                await asyncio.sleep(0)
+            started(server)
+            reason = await leave(lambda raw: _take_in(app, raw))
+            logger.info("server leaves: %s", reason)
+            app.state.feed.close()
+            server.should_exit = True
+            measured.cancel()
+
+
+def _take_in(app: FastAPI, raw: dict[str, Any]) -> None:
+    app.state.settings = with_hot(app.state.settings, raw)
+
+
+async def _measured(boot: Boot, settings: Settings, app: FastAPI) -> None:
+    """Serve the metrics port, where there is one."""
+    if "metrics" in boot.sockets:
+        sock = boot.socket("metrics")
+        await metrics.serve(sock, app, force_auth=settings.force_auth_localhost)
 
 
 @asynccontextmanager
@@ -142,9 +237,11 @@ async def control_plane(settings: Settings, extra: Mapping[str, str]) -> AsyncIt
 
     The database is migrated. `extra` is the launcher's: this node's own secrets.
     """
-    queues, heartbeats = Queues(), Heartbeats()
-    feeds: list[Feed] = []
-    db = Database(settings.database_url.reveal(), lambda: feeds[0].committed() if feeds else None)
+    heartbeats, url = Heartbeats(), database_url(settings)
+    news = News(heartbeats)
+    db = Database(url, news.committed)
+    news.control = control = Control(db, heartbeats, settings.huggingface_token)
+    leases = Leases(url, node_id(settings.data_dir))
     try:
         cluster = await bootstrap(
             db,
@@ -155,27 +252,28 @@ async def control_plane(settings: Settings, extra: Mapping[str, str]) -> AsyncIt
             local_admin=extra["local_admin"],
             gateway_credential=extra["gateway_credential"],
         )
-        feed = Feed(db, cluster.epoch, queues.hint)
-        feeds.append(feed)
-        controllers = (
-            ("models", Models(db), queues.models),
-            ("profiles", Profiles(db, settings.huggingface_token), queues.profiles),
-            ("placement", Placements(db), queues.placement),
-            ("instances", Instances(db), queues.instances),
-            ("workers", Workers(db, heartbeats), queues.workers),
-        )
+        news.feed = feed = Feed(db, cluster.epoch, news.hint)
         async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(feed.run())]
-            for name, controller, queue in controllers:
-                tasks.append(group.create_task(runner.run(name, controller, queue)))
-            for name, step, every_s in (
-                ("relist", lambda: queues.relist(db), RELIST_S),
-                ("heartbeats", lambda: heartbeats.write(db), WRITE_EVERY_S),
-                ("history", lambda: prune(db), RELIST_S),
-            ):
-                tasks.append(group.create_task(forever(name, step, every_s=every_s)))
-            yield create_app(db, feed, heartbeats, extra.get("join_token"))
+            tasks = [
+                group.create_task(feed.run()),
+                group.create_task(feed.listen()),
+                group.create_task(lead(leases, control.run)),
+                group.create_task(
+                    forever("heartbeats", lambda: heartbeats.write(db), every_s=WRITE_EVERY_S)
+                ),
+            ]
+            app = create_app(
+                db,
+                feed,
+                heartbeats,
+                extra.get("join_token"),
+                news.known,
+                openapi_docs=not settings.disable_openapi_docs,
+            )
+            app.state.settings = settings
+            yield app
             for task in tasks:
                 task.cancel()
     finally:
+        await leases.close()
         await db.close()

@@ -7,23 +7,35 @@ it into every subscription that may see it: one entry per object, the newest win
 import asyncio
 import json
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from sqlalchemy import func
 from sqlmodel import col, select
 
+from gpustack.errors import DatabaseAway, Unavailable
 from gpustack.schemas import wire
 from gpustack.schemas.watch import EventType
+from gpustack.server.db import history
 from gpustack.server.db.database import Database, ReadSession, current_revision
+from gpustack.server.db.listening import listen
 from gpustack.server.db.tables import Change
-from gpustack.server.views import Audience, Found, load
+from gpustack.server.db.url import Kind
+from gpustack.server.views import Audience, Found, load, load_ids, rows_for
 
 logger = logging.getLogger(__name__)
 
 HEARTBEAT_S = 10.0
-#: Other servers write too, and tell nobody; look at least this often.
-POLL_S = 5.0
+#: Others write too: PostgreSQL tells of it, and the command line writes into an SQLite file when no
+#: server runs. Look at least this often; where nobody tells, much more often.
+POLL_S = {Kind.SQLITE: 5.0, Kind.POSTGRESQL: 5.0, Kind.MYSQL: 0.5}
+#: How long a change may wait for others that are told of together with it.
+REST_S = 0.05
+#: Watches that read their list at a time. A thousand agents come back at once when a server is
+#: started anew; those that wait hold no connection to the database that others need.
+BEGIN_AT_ONCE = 2
+LISTEN_AGAIN_S = RETRY_S = 1.0
 
 Key = tuple[str, int]  # kind, id
 
@@ -34,20 +46,21 @@ class Subscription:
 
     Attributes:
         credential_id: that opened it; it ends with that credential.
+        by_admin: whether it is of what only administrators see; it ends when its user is none.
     """
 
     kinds: frozenset[str]
     audience: Audience
     credential_id: int | None = None
+    by_admin: bool = False
     ended: bool = False
-    pending: dict[Key, tuple[int, bytes | None]] = field(default_factory=dict)
+    pending: dict[Key, tuple[int, bytes]] = field(default_factory=dict)
     wake: asyncio.Event = field(default_factory=asyncio.Event)
     beat: bool = False
 
-    def put(self, key: Key, revision: int, body: bytes | None) -> None:
-        """`body` None: the object is gone."""
+    def put(self, key: Key, revision: int, line: bytes) -> None:
         self.pending.pop(key, None)  # to the end: order of last change
-        self.pending[key] = (revision, body)
+        self.pending[key] = (revision, line)
         self.wake.set()
 
     def end(self) -> None:
@@ -67,35 +80,77 @@ class Feed:
         self._epoch = epoch
         self._hint = hint
         self._subscriptions: set[Subscription] = set()
+        #: The same by what they are sent: kind -> audience -> those that get the same bytes.
+        self._by_kind: dict[str, dict[Audience, set[Subscription]]] = {}
         self._news = asyncio.Event()
         self._advanced = asyncio.Condition()
         self._closed = False
+        self._beginnings = asyncio.Semaphore(BEGIN_AT_ONCE)
+        self._knows_where = False
         self.revision = 0
 
     def committed(self) -> None:
         self._news.set()
 
+    @property
+    def watches(self) -> int:
+        """How many are open."""
+        return len(self._subscriptions)
+
     def close(self) -> None:
         """End every watch: this server is about to go."""
         self._closed = True
-        for subscription in self._subscriptions:
-            subscription.end()
+        self._end_all()
 
     def cursor(self, revision: int) -> str:
         return f"{self._epoch}.{revision}"
 
     async def run(self) -> None:
         """Read the history for ever."""
-        async with self._db.read() as session:
-            self.revision = await current_revision(session)
+        loop = asyncio.get_running_loop()
+        while not await self._begun():  # noqa: ASYNC110  the database tells nobody that it is back
+            await asyncio.sleep(RETRY_S)
         while True:
             try:
-                async with asyncio.timeout(POLL_S):
+                async with asyncio.timeout(POLL_S[self._db.kind]):
                     await self._news.wait()
             except TimeoutError:
                 pass
             self._news.clear()
-            await self._advance()
+            began = loop.time()
+            try:
+                await self._advance()
+            except Unavailable:  # the database's trouble, which says so itself
+                await asyncio.sleep(RETRY_S)
+                self._news.set()
+            # As long as that took: when much changes, several commits are told of together.
+            await asyncio.sleep(min(loop.time() - began, REST_S))
+
+    async def _begun(self) -> bool:
+        """Whether it is known from where on to read."""
+        with suppress(Unavailable):
+            await self._begin()
+        return self._knows_where
+
+    async def _begin(self) -> None:
+        """Read from now on. Each watch sees to it before it lists, so none is before the feed."""
+        if self._knows_where:
+            return
+        async with self._db.read() as session:
+            revision = await current_revision(session)
+        if not self._knows_where:
+            self._knows_where, self.revision = True, revision
+
+    async def listen(self) -> None:
+        """Hear of what other servers commit, for ever, where the database tells."""
+        while self._db.kind is Kind.POSTGRESQL:
+            with suppress(DatabaseAway):  # then the next look is the usual one, or says so
+                await listen(self._db.url, self._heard)
+            await asyncio.sleep(LISTEN_AGAIN_S)
+
+    def _heard(self, revision: int) -> None:
+        if not 0 < revision <= self.revision:
+            self._news.set()
 
     async def reach(self, revision: int) -> None:
         """Return once everything up to `revision` is in the subscriptions."""
@@ -109,40 +164,69 @@ class Feed:
     async def _advance(self) -> None:
         async with self._db.read() as session:
             until = await current_revision(session)
-            changed = await _changes(session, self.revision)
+            if until == self.revision:
+                return
+            is_whole = until - self.revision <= history.KEPT_REVISIONS
+            changed = await _changes(session, self.revision) if is_whole else {}
             found: dict[Key, Found] = {}
             for kind in {kind for kind, _ in changed}:
                 ids = [row_id for of, row_id in changed if of == kind]
-                found |= {(kind, one.id): one for one in await load(session, kind, ids)}
-        for key, revision in changed.items():
+                found |= {(kind, one.id): one for one in await load_ids(session, kind, ids)}
+        for key, change in changed.items():
             one = found.get(key)
-            self._send(key, revision, one.json if one else None)
-            if key[0] == wire.CREDENTIALS and one is None:
-                self._end_watches_of(key[1])
+            self._send(key, change, one.json if one else None)
+            if key[0] == wire.CREDENTIALS:
+                self._end_watches_of(key[1], one)
             self._hint(*key)
+        if not is_whole:  # this server was away, and others have pruned what it did not read
+            self._hint(wire.CREDENTIALS, 0)  # any
+            self._end_all()
         async with self._advanced:
             self.revision = until
             self._advanced.notify_all()
 
-    def _end_watches_of(self, credential_id: int) -> None:
+    def _end_all(self) -> None:
         for subscription in self._subscriptions:
-            if subscription.credential_id == credential_id:
+            subscription.end()
+
+    def _end_watches_of(self, credential_id: int, found: Found | None) -> None:
+        """End those that the credential, as it is now, does not open."""
+        is_admin = bool(found and found.user and found.user.is_admin)
+        for subscription in self._subscriptions:
+            if subscription.credential_id == credential_id and (
+                found is None or (subscription.by_admin and not is_admin)
+            ):
                 subscription.end()
 
     def _send(
-        self, key: Key, revision: int, render: Callable[[Audience], bytes | None] | None
+        self, key: Key, change: Change, render: Callable[[Audience], bytes | None] | None
     ) -> None:
         """Each audience's bytes are made once."""
-        made: dict[Audience, bytes | None] = {}
-        for subscription in self._subscriptions:
-            if key[0] not in subscription.kinds:
+        for audience, subscriptions in self._by_kind.get(key[0], {}).items():
+            if not audience.may_hear_of(change):
                 continue
-            audience = subscription.audience
-            if audience not in made:
-                made[audience] = _rendered(key, render, audience) if render else None
-            body = made[audience]
-            if body is not None or render is None:
-                subscription.put(key, revision, body)
+            body = _rendered(key, render, audience) if render else None
+            if body is None and render is not None:
+                continue
+            # What is changed in one transaction shares one revision, so a watch that is cut here
+            # has for sure all that came before it, and no more.
+            line = self._object(key, body, cursor=self.cursor(change.revision - 1))
+            for subscription in subscriptions:
+                subscription.put(key, change.revision, line)
+
+    def _open(self, subscription: Subscription) -> None:
+        self._subscriptions.add(subscription)
+        for kind in subscription.kinds:
+            audiences = self._by_kind.setdefault(kind, {})
+            audiences.setdefault(subscription.audience.of_kind(kind), set()).add(subscription)
+
+    def _close(self, subscription: Subscription) -> None:
+        self._subscriptions.discard(subscription)
+        for kind in subscription.kinds:
+            audiences, audience = self._by_kind[kind], subscription.audience.of_kind(kind)
+            audiences[audience].discard(subscription)
+            if not audiences[audience]:
+                del audiences[audience]
 
     async def watch(
         self,
@@ -150,7 +234,9 @@ class Feed:
         audience: Audience,
         since: str | None = None,
         credential_id: int | None = None,
-    ) -> AsyncIterator[bytes]:
+        *,
+        by_admin: bool = False,
+    ) -> AsyncGenerator[bytes, None]:
         """The event stream, line by line: the list (or the changes since), synced, what follows.
 
         It ends with the credential that opened it, and with the server.
@@ -158,12 +244,16 @@ class Feed:
         Subscribes before it lists, so nothing falls between; what the list already had is
         dropped by its revision, so no object goes back in time.
         """
-        subscription = Subscription(kinds, audience, credential_id, ended=self._closed)
-        self._subscriptions.add(subscription)
+        subscription = Subscription(kinds, audience, credential_id, by_admin, self._closed)
+        self._open(subscription)
         try:
-            async with self._db.read() as session:
-                listed = await current_revision(session)
-                start, lines = await self._beginning(session, subscription, since)
+            try:
+                await self._begin()
+                async with self._beginnings, self._db.read() as session:
+                    listed = await current_revision(session)
+                    start, lines = await self._beginning(session, subscription, since)
+            except Unavailable:  # it has begun to answer, so it can only end: they come again
+                return
             if since is not None and start is None:
                 yield self._line(EventType.RESYNC)
             for line in lines:
@@ -179,18 +269,13 @@ class Feed:
                     subscription.beat = True
                 subscription.wake.clear()
         finally:
-            self._subscriptions.discard(subscription)
+            self._close(subscription)
 
     def _drain(self, subscription: Subscription, listed: int) -> list[bytes]:
         """What is waiting. No await in between: a heartbeat's cursor covers all before it."""
         pending, subscription.pending = subscription.pending, {}
-        # In order of revision. What is changed in one transaction shares one, so a watch that is
-        # cut here has for sure all that came before it, and no more.
-        lines = [
-            self._object(key, body, cursor=self.cursor(revision - 1))
-            for key, (revision, body) in pending.items()
-            if revision > listed
-        ]
+        # In order of revision.
+        lines = [line for revision, line in pending.values() if revision > listed]
         if subscription.beat:
             subscription.beat = False
             lines.append(self._line(EventType.HEARTBEAT, revision=max(self.revision, listed)))
@@ -205,15 +290,17 @@ class Feed:
         changed = await _changes(session, start) if start is not None else {}
         lines = []
         for kind in kinds:
-            ids = [row_id for of, row_id in changed if of == kind] if start is not None else None
-            present = set()
-            for one in await load(session, kind, ids):
-                present.add(one.id)
+            mine = (key for key, change in changed.items() if audience.may_hear_of(change))
+            gone = {row_id for of, row_id in mine if of == kind}
+            if start is None:
+                found = await load(session, kind, *rows_for(kind, audience))
+            else:
+                found = await load_ids(session, kind, gone)
+            for one in found:
+                gone.discard(one.id)
                 if (body := _rendered((kind, one.id), one.json, audience)) is not None:
                     lines.append(self._object((kind, one.id), body))
-            for row_id in ids or ():
-                if row_id not in present:
-                    lines.append(self._object((kind, row_id), None))
+            lines += [self._object((kind, row_id), None) for row_id in sorted(gone)]
         return start, lines
 
     async def _resumable(self, session: ReadSession, since: str | None) -> int | None:
@@ -246,13 +333,13 @@ def _rendered(
         return None
 
 
-async def _changes(session: ReadSession, after: int) -> dict[Key, int]:
+async def _changes(session: ReadSession, after: int) -> dict[Key, Change]:
     """What changed after a revision: each object once, in the order of its last change."""
     rows = await session.exec(
         select(Change).where(Change.revision > after).order_by(col(Change.revision))
     )
-    changed: dict[Key, int] = {}
+    changed: dict[Key, Change] = {}
     for row in rows.all():
         changed.pop((row.kind, row.object_id), None)
-        changed[row.kind, row.object_id] = row.revision
+        changed[row.kind, row.object_id] = row
     return changed

@@ -1,28 +1,43 @@
-"""When each worker was last heard of. Kept in memory, since it is no change of anything."""
+"""When each worker was last heard of, and what it measured: in memory, since nothing changes."""
 
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
-from sqlalchemy import update
+from sqlalchemy import bindparam, update
 from sqlmodel import col
 
+from gpustack.errors import Unavailable
 from gpustack.schemas.workers import WorkerStatus
+from gpustack.server.db.clock import clock
 from gpustack.server.db.database import Database, WriteSession
-from gpustack.server.db.tables import Worker, now
+from gpustack.server.db.tables import Worker
 
 WRITE_EVERY_S = 10.0
 SILENT_AFTER = timedelta(seconds=60)
 
 
 class Heartbeats:
-    """When each worker was last heard of, by this server's clock; in memory, written in groups."""
+    """What workers say all the time, by this server's clock; in memory, written in groups.
+
+    Attributes:
+        runs: the run of each worker that the database is known to have.
+        facts: what each worker has, as far as the database is known to have it.
+    """
 
     def __init__(self) -> None:
+        self.runs: dict[int, str] = {}
+        self.facts: dict[int, dict[str, object]] = {}
         self._heard: dict[int, datetime] = {}
-        self._unwritten: set[int] = set()
+        self._unwritten: dict[int, dict[str, Any]] = {}
 
     def heard(self, worker_id: int) -> None:
         self._heard[worker_id] = datetime.now(UTC)
-        self._unwritten.add(worker_id)
+        self._unwritten.setdefault(worker_id, {})
+
+    def measured(self, worker_id: int, status: WorkerStatus) -> None:
+        """Keep what a worker measured."""
+        self._unwritten[worker_id] = status.measured()
 
     def last(self, worker_id: int) -> datetime | None:
         return self._heard.get(worker_id)
@@ -32,20 +47,44 @@ class Heartbeats:
         last = self._heard.get(worker_id)
         return last is not None and datetime.now(UTC) - last < SILENT_AFTER
 
-    @staticmethod
-    async def measured(session: WriteSession, worker_id: int, status: WorkerStatus) -> None:
-        """Keep what a worker measured. It is no change either."""
-        await session.exec(
-            update(Worker)
-            .where(col(Worker.id) == worker_id)
-            .values(cpu_percent=status.cpu_percent, memory_used_bytes=status.memory_used_bytes)
-        )
+    def forget(self, worker_id: int) -> None:
+        """The worker's row has changed: what is known of it has to be read again."""
+        self.runs.pop(worker_id, None)
+        self.facts.pop(worker_id, None)
 
     async def write(self, db: Database) -> None:
-        """One statement for all. A heartbeat is no change: it takes no revision."""
-        ids, self._unwritten = self._unwritten, set()
-        if ids:
+        """One statement for all. None of it is a change: it takes no revision."""
+        unwritten, self._unwritten = self._unwritten, {}
+        measured = [{"of": key, **values} for key, values in unwritten.items() if values]
+        if not unwritten:
+            return
+        try:
             async with db.write() as session:
-                await session.exec(
-                    update(Worker).where(col(Worker.id).in_(ids)).values(heartbeat_at=now())
-                )
+                await _store(session, [*unwritten], measured)
+        except Unavailable:  # then with the next ones, unless those are newer
+            for worker_id, values in unwritten.items():
+                self._unwritten[worker_id] = self._unwritten.get(worker_id) or values
+
+
+async def _store(
+    session: WriteSession, heard: Sequence[int], measured: Sequence[dict[str, Any]]
+) -> None:
+    await session.exec(
+        update(Worker)
+        .where(col(Worker.id).in_(heard))
+        .values(
+            heartbeat_at=clock(),
+            updated_at=col(Worker.updated_at),  # it has not changed
+        )
+    )
+    if measured:
+        table = Worker.__table__  # type: ignore[attr-defined]
+        await (await session.connection()).execute(
+            update(table)
+            .where(table.c.id == bindparam("of"))
+            .values(
+                {name: bindparam(name) for name in measured[0] if name != "of"}
+                | {"updated_at": table.c.updated_at}
+            ),
+            measured,
+        )

@@ -1,33 +1,48 @@
 """From rows to schemas: what each audience sees of an object."""
 
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import BaseModel
 from sqlmodel import col, select
 
 from gpustack.schemas import wire
-from gpustack.schemas.credentials import Credential, CredentialKind
+from gpustack.schemas.credentials import ApiKey, Credential, CredentialKind
 from gpustack.schemas.instances import (
     AssignedInstance,
     Instance,
     InstanceState,
+    Member,
     RoutedInstance,
     shown_state,
 )
-from gpustack.schemas.models import Model, VersionSpec
+from gpustack.schemas.model_files import ModelFile, ModelFileState
+from gpustack.schemas.model_files import shown_state as shown_file_state
+from gpustack.schemas.models import Model, ModelSpec, Rollout, VersionSpec
 from gpustack.schemas.workers import Worker, WorkerState, WorkerStatus
 from gpustack.server.auth.principals import Principal
 from gpustack.server.db import tables
 from gpustack.server.db.database import ReadSession
+from gpustack.server.db.rollouts import rollouts_of
+
+T = TypeVar("T")
+
+#: So many objects are asked for at a time: databases bound the number of parameters.
+_AT_ONCE = 5000
 
 
 @dataclass(frozen=True)
 class Audience:
-    """Who looks. Two principals of one audience are sent the same bytes."""
+    """Who looks. Two principals of one audience are sent the same bytes.
+
+    Attributes:
+        kind: users are KEY, however they came in.
+    """
 
     kind: CredentialKind
     worker_id: int | None = None
+    user_id: int | None = None
 
     @classmethod
     def of(cls, principal: Principal) -> "Audience":
@@ -35,7 +50,14 @@ class Audience:
             return GATEWAY
         if principal.kind is CredentialKind.WORKER:
             return cls(CredentialKind.WORKER, principal.worker_id)
-        return USER
+        return cls(CredentialKind.KEY, user_id=principal.user_id)
+
+    def of_kind(self, kind: str) -> "Audience":
+        """All who are sent the same bytes of `kind` as this one. Only API keys are one user's."""
+        return USER if self.kind is CredentialKind.KEY and kind != wire.API_KEYS else self
+
+    def may_hear_of(self, change: tables.Change) -> bool:
+        return change.user_id is None or change.user_id == self.user_id
 
 
 USER = Audience(CredentialKind.KEY)
@@ -43,9 +65,15 @@ GATEWAY = Audience(CredentialKind.GATEWAY)
 
 #: Kinds that each audience may watch.
 VISIBLE = {
-    CredentialKind.KEY: {wire.MODELS, wire.INSTANCES, wire.WORKERS},
+    CredentialKind.KEY: {
+        wire.MODELS,
+        wire.INSTANCES,
+        wire.WORKERS,
+        wire.MODEL_FILES,
+        wire.API_KEYS,
+    },
     CredentialKind.GATEWAY: {wire.MODELS, wire.INSTANCES, wire.WORKERS, wire.CREDENTIALS},
-    CredentialKind.WORKER: {wire.INSTANCES},
+    CredentialKind.WORKER: {wire.INSTANCES, wire.MODEL_FILES},
 }
 
 
@@ -55,6 +83,7 @@ class Found:
 
     Attributes:
         model, version, worker, user: what the row refers to, where its kind has such a thing.
+        members: of an instance, by rank, each with its worker.
     """
 
     kind: str
@@ -64,14 +93,17 @@ class Found:
     model: Any = None
     version: Any = None
     worker: tables.Worker | None = None
-    ready_replicas: int = 0
+    rollout: Rollout | None = None
     user: tables.User | None = None
+    members: Sequence[tuple[tables.Member, tables.Worker]] = ()
 
     def json(self, audience: Audience) -> bytes | None:
         """The object as `audience` sees it; None if it must not."""
         if self.kind not in VISIBLE[audience.kind]:
             return None
         if audience.worker_id is not None and self.row.worker_id != audience.worker_id:
+            return None
+        if self.kind == wire.API_KEYS and self.row.user_id != audience.user_id:
             return None
         return self.view(audience).model_dump_json().encode()
 
@@ -83,16 +115,41 @@ class Found:
                 return instance_view(self, audience)
             case wire.WORKERS:
                 return worker_view(self.row)
+            case wire.MODEL_FILES:
+                return model_file_view(self.row)
+            case wire.API_KEYS:
+                return ApiKey.model_validate(self.row, from_attributes=True)
             case _:
                 return credential_view(self)
 
 
-async def load(session: ReadSession, kind: str, ids: list[int] | None = None) -> list[Found]:
-    """The objects of `kind` with these ids (None: all), in order of id; missing ones left out."""
-    table = tables.WATCHED[kind]
-    key = col(table.id)
-    query = select(table).order_by(key)
-    rows: Any = (await session.exec(query if ids is None else query.where(key.in_(ids)))).all()
+def rows_for(kind: str, audience: Audience) -> list[Any]:
+    """Conditions on the rows of `kind` that hold for those that the audience may see."""
+    table: Any = tables.KINDS[kind]
+    if kind == wire.API_KEYS:
+        return [table.kind == CredentialKind.KEY, table.user_id == audience.user_id]
+    return [] if audience.worker_id is None else [table.worker_id == audience.worker_id]
+
+
+async def load(session: ReadSession, kind: str, *where: Any) -> list[Found]:
+    """The objects of `kind` for whose rows the conditions hold, in order of id."""
+    table = tables.KINDS[kind]
+    rows = (await session.exec(select(table).where(*where).order_by(col(table.id)))).all()
+    return [one for part in _parts(rows) for one in await _completed(session, kind, part)]
+
+
+async def load_ids(session: ReadSession, kind: str, ids: Iterable[int]) -> list[Found]:
+    """The objects of `kind` with these ids, in order of id; missing ones are left out."""
+    row_id = col(tables.KINDS[kind].id)
+    parts = _parts(sorted(ids))
+    return [one for part in parts for one in await load(session, kind, row_id.in_(part))]
+
+
+def _parts(all_of_them: Sequence[T]) -> Iterator[Sequence[T]]:
+    return (all_of_them[at : at + _AT_ONCE] for at in range(0, len(all_of_them), _AT_ONCE))
+
+
+async def _completed(session: ReadSession, kind: str, rows: Any) -> list[Found]:
     match kind:
         case wire.MODELS:
             return await with_versions(session, rows)
@@ -100,39 +157,26 @@ async def load(session: ReadSession, kind: str, ids: list[int] | None = None) ->
             return await with_parents(session, rows)
         case wire.CREDENTIALS:
             users = {user.id: user for user in (await session.exec(select(tables.User))).all()}
-            return [_found(row, user=users.get(row.user_id)) for row in rows]
-    return [_found(row) for row in rows]
+            return [_found(kind, row, user=users.get(row.user_id)) for row in rows]
+    return [_found(kind, row) for row in rows]
 
 
-def _found(row: Any, **parents: Any) -> Found:
-    return Found(row.KIND, row.id, row.revision, row, **parents)
+def _found(kind: str, row: Any, **parents: Any) -> Found:
+    return Found(kind, row.id, row.revision, row, **parents)
 
 
 async def with_versions(session: ReadSession, rows: Any) -> list[Found]:
-    """Models with their newest version and the number of their running instances."""
-    ids = [row.id for row in rows]
-    versions: dict[int, tables.ModelVersion] = {}
-    query = select(tables.ModelVersion).where(col(tables.ModelVersion.model_id).in_(ids))
-    for version in (await session.exec(query.order_by(col(tables.ModelVersion.generation)))).all():
-        versions[version.model_id] = version
-    ready = dict.fromkeys(ids, 0)
-    running = (
-        select(tables.Instance.model_id)
-        .join(tables.Worker, col(tables.Worker.id) == tables.Instance.worker_id)
-        .where(
-            col(tables.Instance.model_id).in_(ids),
-            tables.Instance.reported_state == InstanceState.RUNNING,
-            col(tables.Instance.deleting).is_(False),
-            col(tables.Worker.silent).is_(False),
-        )
-    )
-    for model_id in (await session.exec(running)).all():
-        ready[model_id] += 1
-    return [_found(row, version=versions[row.id], ready_replicas=ready[row.id]) for row in rows]
+    """Models with the version that is wanted of them and how far their instances are with it."""
+    models = {row.id: row for row in rows}
+    versions, rollouts = await rollouts_of(session, models)
+    return [
+        _found(wire.MODELS, row, version=versions[id], rollout=rollouts[id])
+        for id, row in models.items()
+    ]
 
 
 async def with_parents(session: ReadSession, rows: Any) -> list[Found]:
-    """Instances with their model, version and worker."""
+    """Instances with their model, version, worker and members."""
 
     async def by_id(table: Any, ids: set[int | None]) -> dict[int, Any]:
         found = await session.exec(select(table).where(col(table.id).in_(ids - {None})))
@@ -141,15 +185,34 @@ async def with_parents(session: ReadSession, rows: Any) -> list[Found]:
     models = await by_id(tables.Model, {row.model_id for row in rows})
     versions = await by_id(tables.ModelVersion, {row.version_id for row in rows})
     workers = await by_id(tables.Worker, {row.worker_id for row in rows})
+    members: dict[int, list[tuple[tables.Member, tables.Worker]]] = {row.id: [] for row in rows}
+    parts = (
+        select(tables.Member, tables.Worker)
+        .join(tables.Worker, col(tables.Worker.id) == tables.Member.worker_id)
+        .where(col(tables.Member.instance_id).in_(members))
+        .order_by(col(tables.Member.rank))
+    )
+    for member, on in (await session.exec(parts)).all():
+        members[member.instance_id].append((member, on))
     return [
         _found(
+            wire.INSTANCES,
             row,
             model=models[row.model_id],
             version=versions[row.version_id],
             worker=workers.get(row.worker_id),
+            members=members[row.id],
         )
         for row in rows
     ]
+
+
+def whole_spec(model: tables.Model, version: tables.ModelVersion) -> ModelSpec:
+    """All that a user says of the model, with `version` for what instances are started from."""
+    return ModelSpec.model_validate(version.spec | model.model_dump(include=_SPEC_COLUMNS))
+
+
+_SPEC_COLUMNS = set(ModelSpec.model_fields) - set(VersionSpec.model_fields)
 
 
 def model_view(found: Found) -> Model:
@@ -158,9 +221,10 @@ def model_view(found: Found) -> Model:
         found.version.spec
         | row.model_dump(exclude={"revision"})
         | {
-            "ready_replicas": found.ready_replicas,
+            "ready_replicas": found.rollout.ready if found.rollout else 0,
             "profile": found.version.profile,
-            "state_message": found.version.problem,
+            "state_message": row.rollout_message or found.version.problem,
+            "rollout": found.rollout,
         }
     )
 
@@ -173,6 +237,7 @@ def instance_view(found: Found, audience: Audience) -> Instance:
         "model_generation": found.version.generation,
         "worker_name": found.worker.name if found.worker else None,
         "state": instance_state(row, found.worker),
+        "members": [member_view(row, *member) for member in found.members],
     }
     if audience.kind is CredentialKind.GATEWAY:
         return RoutedInstance.model_validate(facts | {"secret": row.secret})
@@ -183,9 +248,20 @@ def instance_view(found: Found, audience: Audience) -> Instance:
                 "secret": row.secret,
                 "spec": VersionSpec.model_validate(found.version.spec),
                 "restart_on_error": found.model.restart_on_error,
+                "drain": not found.model.deleting,
             }
         )
     return Instance.model_validate(facts)
+
+
+def member_view(instance: tables.Instance, row: tables.Member, worker: tables.Worker) -> Member:
+    state = shown_state(
+        placed=True,
+        deleting=instance.deleting,
+        worker_silent=worker.silent,
+        reported=InstanceState(row.reported_state) if row.reported_state else None,
+    )
+    return Member.model_validate(row.model_dump() | {"worker_name": worker.name, "state": state})
 
 
 def instance_state(row: tables.Instance, worker: tables.Worker | None) -> InstanceState:
@@ -197,21 +273,39 @@ def instance_state(row: tables.Instance, worker: tables.Worker | None) -> Instan
     )
 
 
+def model_file_view(row: tables.ModelFile) -> ModelFile:
+    state = shown_file_state(
+        generation=row.generation,
+        observed_generation=row.observed_generation,
+        reported=ModelFileState(row.reported_state) if row.reported_state else None,
+    )
+    return ModelFile.model_validate(row.model_dump() | {"state": state})
+
+
 def worker_view(row: tables.Worker) -> Worker:
     state, message = WorkerState.READY, ""
     if row.silent:
         state, message = WorkerState.UNREACHABLE, "the server has not heard from it lately"
     elif row.facts is None:
         state, message = WorkerState.NOT_READY, "it has not reported yet what it has"
-    measured = {"cpu_percent": row.cpu_percent, "memory_used_bytes": row.memory_used_bytes}
     return Worker.model_validate(
         row.model_dump(exclude={"revision", "facts", "agent_secret", "machine_id", "run_id"})
         | {
+            "labels": row.labels | row.admin_labels,
             "state": state,
             "state_message": message,
-            "status": WorkerStatus.model_validate(row.facts | measured) if row.facts else None,
+            "status": WorkerStatus.model_validate(_status(row, row.facts)) if row.facts else None,
         }
     )
+
+
+def _status(row: tables.Worker, facts: dict[str, Any]) -> dict[str, Any]:
+    """What the worker has, with how much of it is used."""
+    devices, used = facts["gpu_devices"], row.devices_used
+    if len(devices) == len(used):  # not measured yet, or before they changed
+        devices = [device | its for device, its in zip(devices, used, strict=True)]
+    measured = {"cpu_percent": row.cpu_percent, "memory_used_bytes": row.memory_used_bytes}
+    return facts | measured | {"gpu_devices": devices}
 
 
 def credential_view(found: Found) -> Credential:

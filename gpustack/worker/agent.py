@@ -3,17 +3,22 @@
 import asyncio
 import logging
 import socket
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping
+from types import MappingProxyType
+from typing import Any
 
 from gpustack.config import load
 from gpustack.config.options import Settings
 from gpustack.lib import role
 from gpustack.lib.locks import take_over
+from gpustack.worker import metrics
 from gpustack.worker.api import Api
 from gpustack.worker.attempts import Memory
 from gpustack.worker.control import Control
 from gpustack.worker.desired import Desired
-from gpustack.worker.enrolment import Enrolment, registration
+from gpustack.worker.enrolment import Enrolment, changeable, registration
+from gpustack.worker.file_orders import FileOrders
+from gpustack.worker.file_reports import FileReports
 from gpustack.worker.launches import Launches
 from gpustack.worker.log_keeping import keep_logs
 from gpustack.worker.model_files import ModelFiles
@@ -44,7 +49,7 @@ async def serve(boot: role.Boot) -> None:
             server_url=boot.extra["server_url"],
             join_token=boot.extra["join_token"],
             leave=role.leave,
-            listener=boot.socket("agent") if "agent" in boot.sockets else None,
+            sockets={name: boot.socket(name) for name in boot.sockets},
         )
 
 
@@ -53,13 +58,17 @@ async def run(
     *,
     server_url: str,
     join_token: str,
-    leave: Callable[[], Awaitable[role.Leave]],
-    listener: socket.socket | None = None,
+    leave: Callable[[role.Reload], Awaitable[role.Leave]],
+    sockets: Mapping[str, socket.socket] = MappingProxyType({}),
     policy: Policy | None = None,
     limits: Limits | None = None,
     rhythm: Rhythm | None = None,
 ) -> None:
-    """The agent, once it alone acts for its data directory, until `leave` returns."""
+    """The agent, once it alone acts for its data directory, until `leave` returns.
+
+    Args:
+        sockets: where it listens: agent, for its API, and worker-metrics.
+    """
     about = registration(settings, server_url)
     rhythm = rhythm or Rhythm()
     enrolment = Enrolment(
@@ -70,15 +79,22 @@ async def run(
         refused_s=rhythm.refused_s,
     )
     async with asyncio.TaskGroup() as group:
-        control = _control(group, settings, about.name, policy or Policy(), limits or Limits())
-        session = Session(server_url, enrolment, control, rhythm)
+        told = FileReports()
+        files = _files(group, settings, about.name, told)
+        control = _control(group, settings, files, about.name, policy, limits)
+        orders = FileOrders(group, files, told, lambda: control.sources)
+        session = Session(server_url, enrolment, control, orders, rhythm)
         talking = group.create_task(session.run())
         logs = keep_logs(settings.log_dir, lambda: control.instances)
         tasks = [group.create_task(control.run()), talking, group.create_task(logs)]
-        if listener is not None:
-            api = Api(log_dir=settings.log_dir, secret=enrolment.secret)
-            tasks.append(group.create_task(api.serve(listener)))
-        reason = await leave()
+        answering = _answering(sockets, settings, enrolment, control)
+        tasks += [group.create_task(each) for each in answering]
+
+        def reload(raw: dict[str, Any]) -> None:
+            now = load.with_hot(settings, raw)
+            enrolment.tell(about.model_copy(update=changeable(now)))
+
+        reason = await leave(reload)
         logger.info("leaving: %s", reason)
         if reason is role.Leave.STOP:
             await control.stop_all()
@@ -86,11 +102,40 @@ async def run(
             await session.farewell(limit_s=FAREWELL_S)
         for task in tasks:
             task.cancel()
+        orders.let_go()
         control.let_go()
 
 
+def _answering(
+    sockets: Mapping[str, socket.socket], settings: Settings, enrolment: Enrolment, control: Control
+) -> Iterator[Coroutine[Any, Any, None]]:
+    """What serves the sockets that there are."""
+    if (sock := sockets.get("agent")) is not None:
+        yield Api(log_dir=settings.log_dir, secret=enrolment.secret).serve(sock)
+    if (sock := sockets.get("worker-metrics")) is not None:
+        records, force_auth = Records(settings.data_dir), settings.force_auth_localhost
+        yield metrics.serve(sock, control, records, force_auth=force_auth)
+
+
+def _files(
+    group: asyncio.TaskGroup, settings: Settings, name: str, told: FileReports
+) -> ModelFiles:
+    return ModelFiles(
+        group,
+        cache_dir=settings.cache_dir,
+        token=settings.huggingface_token,
+        worker_name=name,
+        tell=told.put,
+    )
+
+
 def _control(
-    group: asyncio.TaskGroup, settings: Settings, name: str, policy: Policy, limits: Limits
+    group: asyncio.TaskGroup,
+    settings: Settings,
+    files: ModelFiles,
+    name: str,
+    policy: Policy | None,
+    limits: Limits | None,
 ) -> Control:
     """The owner of this worker's engines, which has taken over those that an earlier agent left."""
     desired = Desired(settings.data_dir / "desired.json")
@@ -99,12 +144,6 @@ def _control(
     memory.load()
     records = Records(settings.data_dir)
     leases = PortLeases(settings.service_port_range)
-    files = ModelFiles(
-        group,
-        cache_dir=settings.cache_dir,
-        token=settings.huggingface_token,
-        worker_name=name,
-    )
     launches = Launches(settings, records=records, files=files, leases=leases, worker_name=name)
     control = Control(
         group,
@@ -113,8 +152,8 @@ def _control(
         records=records,
         launches=launches,
         leases=leases,
-        policy=policy,
-        limits=limits,
+        policy=policy or Policy(),
+        limits=limits or Limits(),
     )
     control.adopt(adoption.find(records))
     return control

@@ -14,6 +14,7 @@ from urllib.parse import parse_qs
 
 from gpustack.errors import BadRequest, NotFound, Unauthorized
 from gpustack.forward.listener import Exchange, Server, asynchronous
+from gpustack.lib import log_level
 from gpustack.lib.secrets import same
 from gpustack.worker.log_reading import followed, log_offset, whole
 from gpustack.worker.supervisor.engine_log import log_path, previous_path
@@ -41,12 +42,14 @@ class Route:
 
 HEALTH = Route("GET", "/healthz", public=True)
 LOGS = Route("GET", "/v2/logs/{instance_id}")
+LEVEL = Route("GET", "/debug/log_level")
+SET_LEVEL = Route("PUT", "/debug/log_level")
 
 #: Every way in: a test elsewhere goes through them.
-ROUTES = (HEALTH, LOGS)
+ROUTES = (HEALTH, LOGS, LEVEL, SET_LEVEL)
 
 _COUNT = re.compile(r"[0-9]{1,18}")
-#: What a log is sent as. The engine's bytes go as they are.
+#: What a log is sent as (the engine's bytes go as they are), and a level.
 _TEXT = [(b"content-type", b"text/plain; charset=utf-8")]
 
 
@@ -80,8 +83,10 @@ class Api:
                 self._check(exchange)
             if route is HEALTH:
                 exchange.respond(200, body=b"ok\n")
-            else:
+            elif route is LOGS:
                 await self._logs(exchange, numbers["instance_id"])
+            else:
+                await _level(exchange)
             return
         self._check(exchange)
         raise NotFound(f"the worker has no {exchange.method} {exchange.path}")
@@ -113,6 +118,16 @@ class Api:
             async with aclosing(reading) as pieces:
                 async for piece in pieces:
                     await exchange.send(piece)
+
+
+async def _level(exchange: Exchange) -> None:
+    """Answer the agent's log level; PUT changes it first."""
+    if exchange.method == "PUT":
+        try:
+            log_level.change(log_level.parse(await exchange.read(log_level.LIMIT_BYTES)))
+        except ValueError as error:
+            raise BadRequest(str(error)) from None
+    exchange.respond(200, _TEXT, log_level.current().encode())
 
 
 def _count(asked: dict[str, list[str]], name: str) -> int | None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from gpustack.lib.logs import log_context
 from gpustack.schemas.instances import AssignedInstance, InstanceState, InstanceStatus
+from gpustack.schemas.models import ModelSource
 from gpustack.schemas.watch import WatchEvent
 from gpustack.worker.attempts import Memory
 from gpustack.worker.desired import Desired
@@ -16,6 +17,7 @@ from gpustack.worker.ports import PortLeases
 from gpustack.worker.reconcile import (
     Attempts,
     Failure,
+    Phase,
     Policy,
     Report,
     Start,
@@ -74,12 +76,21 @@ class Control:
         """What is wanted of this worker, or still runs on it."""
         return {*self._desired.instances, *self._engines}
 
+    @property
+    def sources(self) -> list[ModelSource]:
+        """What the wanted instances are started from."""
+        return [instance.spec for instance in self._desired.instances.values()]
+
+    def phases(self) -> list[Phase]:
+        """Where each engine is now."""
+        return [engine.observed.phase for engine in self._engines.values()]
+
     def wake(self) -> None:
         """Something changed: decide anew."""
         self._changed.set()
 
     def hear(self, event: WatchEvent) -> None:
-        """Take in one event of `Client.follow`."""
+        """Take in one event of `Caller.follow`."""
         if (instance := self._desired.hear(event)) is not None:
             self.reports.hear(instance)
         elif event.id is not None and event.id not in self._engines:
@@ -161,8 +172,9 @@ class Control:
             match action:
                 case Start(instance, restart_count):
                     self._start(instance, restart_count)
-                case Stop(instance_id):
-                    self._engines[instance_id].ask_to_stop()
+                case Stop(instance_id, drain):
+                    engine = self._engines[instance_id]
+                    engine.ask_to_drain() if drain else engine.ask_to_stop()
                 case Report(instance_id, status):
                     self.reports.put(instance_id, status)
         return decision.again_at

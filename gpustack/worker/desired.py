@@ -47,7 +47,7 @@ class Desired:
             logger.warning("cannot read %s, starting without it: %s", self._path, error)
 
     def hear(self, event: WatchEvent) -> AssignedInstance | None:
-        """Take in one event of `Client.follow`; the instance, if that is what it was."""
+        """Take in one event of `Caller.follow`; the instance, if that is what it was."""
         if event.type is EventType.RESYNC:
             self._listed = set()
         elif event.type is EventType.SYNCED:

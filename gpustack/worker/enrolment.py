@@ -4,16 +4,17 @@ import asyncio
 import logging
 import socket
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
 from gpustack import __version__
-from gpustack.client import Client
+from gpustack.client.agents import AgentClient
 from gpustack.config.options import Settings
-from gpustack.errors import Forbidden, GPUStackError, Unauthorized, Unavailable
+from gpustack.errors import Forbidden, GPUStackError, SettingsError, Unauthorized, Unavailable
 from gpustack.lib import platform
 from gpustack.lib.backoff import delay_s
-from gpustack.lib.net import address_towards
+from gpustack.lib.net import address_towards, interface_address
 from gpustack.lib.secrets import new_secret
 from gpustack.lib.units import GIB
 from gpustack.schemas.workers import Registered, Registration
@@ -47,7 +48,11 @@ def save_membership(data_dir: Path, membership: Membership) -> None:
 
 
 def registration(settings: Settings, server_url: str) -> Registration:
-    """What this machine says of itself. The run id is new at each call: one per agent life."""
+    """What this machine says of itself. The run id is new at each call: one per agent life.
+
+    Raises:
+        SettingsError: the interface whose address it should say has none.
+    """
     # A name in another encoding than the system's must not keep the machine out.
     hostname = socket.gethostname().encode(errors="replace").decode()
     return Registration(
@@ -56,13 +61,32 @@ def registration(settings: Settings, server_url: str) -> Registration:
         machine_id=platform.machine_id(),
         boot_id=platform.boot_id(),
         run_id=new_secret(),
-        address=settings.advertise_address or address_towards(server_url),
+        address=_address(settings, server_url),
         port=settings.worker_port,
-        labels={"os": host.os_name(), "arch": host.arch(), **settings.labels},
-        system_reserved_ram_bytes=int(settings.system_reserved.ram * GIB),
-        system_reserved_vram_bytes=int(settings.system_reserved.vram * GIB),
         version=__version__,
+        **changeable(settings),
     )
+
+
+def _address(settings: Settings, server_url: str) -> str:
+    """Where gateways elsewhere reach this worker."""
+    if settings.advertise_address:
+        return settings.advertise_address
+    if settings.worker_ifname:
+        try:
+            return interface_address(settings.worker_ifname)
+        except ValueError as error:  # it was there when the node started
+            raise SettingsError(f"--worker-ifname: {error}") from None
+    return address_towards(server_url)
+
+
+def changeable(settings: Settings) -> dict[str, Any]:
+    """The part of a registration that may change while the agent runs."""
+    return {
+        "labels": {"os": host.os_name(), "arch": host.arch(), **settings.labels},
+        "system_reserved_ram_bytes": int(settings.system_reserved.ram * GIB),
+        "system_reserved_vram_bytes": int(settings.system_reserved.vram * GIB),
+    }
 
 
 class Enrolment:
@@ -70,6 +94,7 @@ class Enrolment:
 
     Attributes:
         membership: as the server confirmed it last; None until this worker has ever joined.
+        news: set while the server has not heard of `registration` as it is now.
     """
 
     def __init__(
@@ -89,8 +114,14 @@ class Enrolment:
         self._url = server_url
         self._token = join_token
         self._first_s, self._limit_s, self._refused_s = first_s, limit_s, refused_s
+        self.news = asyncio.Event()
         self._registered_again = False
         self._foreign: str | None = None
+
+    def tell(self, registration: Registration) -> None:
+        """This worker says something else of itself from now on."""
+        self.registration = registration
+        self.news.set()
 
     def secret(self) -> str | None:
         """What the server shows when it calls this worker."""
@@ -121,7 +152,7 @@ class Enrolment:
         if known is None:
             return self._accept(await self._register())
         try:
-            async with Client(self._url, known.credential) as client:
+            async with AgentClient(self._url, known.credential) as client:
                 answer = await client.announce(known.worker_id, self.registration)
             self._registered_again = False  # all is well: the next loss may be mended too
             return self._accept(answer)
@@ -138,7 +169,7 @@ class Enrolment:
         return self._accept(answer)
 
     async def _register(self) -> Registered:
-        async with Client(self._url, self._token) as client:
+        async with AgentClient(self._url, self._token) as client:
             return await client.register(self.registration)
 
     def _accept(self, answer: Registered) -> Membership:

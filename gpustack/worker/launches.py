@@ -112,19 +112,35 @@ class Launches:
             log_file=str(log_path(self._settings.log_dir, instance.id)),
             argv=list(launch.argv),
             health_path=launch.health_path,
+            busy_gauges=list(launch.busy_gauges),
             restart_count=restart_count,
             boot_id=platform.boot_id(),
         )
         # An engine without a secret would answer anyone on this machine.
         secret = Secret(instance.secret or new_secret())
-        return Plan(record, {**environment_for_engines(os.environ), **launch.env}, secret)
+        variables = environment_for_engines(os.environ)
+        if Path(launch.argv[0]).parent == self._settings.bin_dir:
+            variables |= own_libraries(Path(launch.argv[0]), variables)
+        return Plan(record, {**variables, **launch.env}, secret)
 
 
 def environment_for_engines(ours: Mapping[str, str]) -> dict[str, str]:
     """Our environment without what is ours alone: settings, and every secret among them."""
-    secrets = {name for option in options() if option.kind == "secret" for name in option.env}
+    secrets = {name for option in options() if option.secret for name in option.env}
     return {
         name: value
         for name, value in ours.items()
         if not name.startswith("GPUSTACK_") and name not in secrets
     }
+
+
+def own_libraries(program: Path, variables: Mapping[str, str]) -> dict[str, str]:
+    """How a program that is a link into a folder of its own finds the libraries there.
+
+    `gpustack download-tools` installs dynamically linked builds so.
+    """
+    home = program.resolve().parent
+    if home == program.parent or sys.platform != "linux":
+        return {}
+    path = variables.get("LD_LIBRARY_PATH")
+    return {"LD_LIBRARY_PATH": f"{home}{os.pathsep}{path}" if path else str(home)}

@@ -8,20 +8,28 @@ from pathlib import Path
 from typing import Protocol
 
 from gpustack.errors import GPUStackError
+from gpustack.hub.splits import parts
 from gpustack.lib.secrets import Secret
-from gpustack.schemas.models import Source, VersionSpec
+from gpustack.lib.text import plain
+from gpustack.schemas.model_files import ModelFileState, ModelFileStatus
+from gpustack.schemas.models import ModelSource, Source
 from gpustack.worker.reconcile import Failure, Trouble
 
 logger = logging.getLogger(__name__)
 
+#: Characters of a failure that are told.
+MESSAGE_LIMIT = 10_000
+
 Progress = Callable[[float], None]
+#: Told how a file of a Hub is; None: its download was given up.
+Tell = Callable[[ModelSource, ModelFileStatus | None], None]
 
 
 class Fetcher(Protocol):
     """`gpustack.hub.files.fetch`."""
 
     async def __call__(
-        self, spec: VersionSpec, cache_dir: Path, *, token: Secret | None, progress: Progress
+        self, spec: ModelSource, cache_dir: Path, *, token: Secret | None, progress: Progress
     ) -> Path: ...
 
 
@@ -36,6 +44,7 @@ class ModelFiles:
 
     Args:
         group: where downloads run.
+        tell: hears of each change of what comes from a Hub.
         fetcher: None: the hub's.
     """
 
@@ -46,16 +55,18 @@ class ModelFiles:
         cache_dir: Path,
         token: Secret | None,
         worker_name: str,
+        tell: Tell = lambda _, __: None,
         fetcher: Fetcher | None = None,
     ) -> None:
         self._group = group
         self._cache_dir = cache_dir
         self._token = token
         self._worker_name = worker_name
+        self._tell = tell
         self._fetcher = fetcher
-        self._fetches: dict[tuple[str | None, str | None], _Fetch] = {}
+        self._fetches: dict[tuple[str, ...], _Fetch] = {}
 
-    async def path(self, spec: VersionSpec, progress: Progress) -> Path | Failure:
+    async def path(self, spec: ModelSource, progress: Progress) -> Path | Failure:
         """The file or folder to run, on this worker.
 
         A download ends when nobody waits for it any more; what it has got is kept.
@@ -65,10 +76,10 @@ class ModelFiles:
         """
         if spec.source is Source.LOCAL_PATH:
             return await asyncio.to_thread(self._local, spec.local_path or "")
-        key = (spec.huggingface_repo_id, spec.huggingface_filename)
+        key = spec.identity
         fetch = self._fetches.get(key)
         if fetch is None:
-            fetch = self._fetches[key] = self._begin(key, spec)
+            fetch = self._fetches[key] = self._begin(spec)
         fetch.listeners.append(progress)
         try:
             return await asyncio.shield(fetch.task)
@@ -76,7 +87,18 @@ class ModelFiles:
             fetch.listeners.remove(progress)
             if not fetch.listeners and self._fetches.get(key) is fetch:
                 del self._fetches[key]
-                fetch.task.cancel()
+                if fetch.task.cancel():
+                    self._tell(spec, None)
+
+    async def remove(self, spec: ModelSource) -> None:
+        """Have nothing of it in the cache any more.
+
+        Raises:
+            GPUStackError, OSError: why that cannot be.
+        """
+        from gpustack.hub.files import remove  # as below
+
+        await asyncio.to_thread(remove, spec, self._cache_dir)
 
     def _local(self, path: str) -> Path | Failure:
         try:
@@ -88,14 +110,22 @@ class ModelFiles:
             return Failure(Trouble.FILES, sentence)
         return Failure(Trouble.FILES, f"file not found: {path} on worker {self._worker_name}")
 
-    def _begin(self, key: tuple[str | None, str | None], spec: VersionSpec) -> _Fetch:
+    def _begin(self, spec: ModelSource) -> _Fetch:
+        key = spec.identity
+
         def progress(percent: float) -> None:
+            self._tell(spec, downloading(percent))
             for listener in list(self._fetches[key].listeners) if key in self._fetches else ():
                 listener(percent)
 
-        return _Fetch(self._group.create_task(self._fetch(spec, progress)))
+        return _Fetch(self._group.create_task(self._told(spec, progress)))
 
-    async def _fetch(self, spec: VersionSpec, progress: Progress) -> Path | Failure:
+    async def _told(self, spec: ModelSource, progress: Progress) -> Path | Failure:
+        found = await self._fetch(spec, progress)
+        self._tell(spec, await asyncio.to_thread(status_of, found))
+        return found
+
+    async def _fetch(self, spec: ModelSource, progress: Progress) -> Path | Failure:
         fetcher = self._fetcher
         if fetcher is None:
             from gpustack.hub.files import fetch  # its libraries are heavy, and often not needed
@@ -111,3 +141,31 @@ class ModelFiles:
                 Trouble.FILES, f"cannot fetch {spec.location}: the agent failed: {error!r}"
             )
         return path
+
+
+def downloading(percent: float) -> ModelFileStatus:
+    return ModelFileStatus(state=ModelFileState.DOWNLOADING, download_progress=percent)
+
+
+def failed(sentence: str) -> ModelFileStatus:
+    text = plain(sentence)[:MESSAGE_LIMIT]
+    return ModelFileStatus(state=ModelFileState.ERROR, state_message=text)
+
+
+def status_of(found: Path | Failure) -> ModelFileStatus:
+    """What is said of a file that was looked for. Blocks."""
+    if isinstance(found, Failure):
+        return failed(found.sentence)
+    try:
+        paths = [found.parent / name for name in parts(found.name)]
+        inside = [path for path in found.iterdir() if path.is_file()] if found.is_dir() else paths
+        return ModelFileStatus(
+            state=ModelFileState.READY,
+            size=sum(path.stat().st_size for path in inside),
+            download_progress=100.0,
+            resolved_paths=[str(path) for path in paths],
+        )
+    except OSError as error:
+        return failed(f"cannot look at {found}: {error.strerror or error}")
+    except ValueError:  # a cache directory whose name is no text
+        return failed(f"the path {found} cannot be told")

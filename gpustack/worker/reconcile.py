@@ -139,7 +139,13 @@ class Start:
 
 @dataclass(frozen=True, slots=True)
 class Stop:
+    """
+    Attributes:
+        drain: once the requests that it is answering have ended.
+    """
+
     instance_id: int
+    drain: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,7 +190,7 @@ def _unwanted(
     if instance is None and not world.synced:
         return
     if engine is not None:
-        yield Stop(id)
+        yield Stop(id, drain=instance is not None and instance.drain)
     else:
         generation = instance.generation if instance else 0
         yield Report(id, InstanceStatus(state=InstanceState.GONE, observed_generation=generation))

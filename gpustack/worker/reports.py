@@ -4,7 +4,7 @@ import asyncio
 import logging
 from collections.abc import Callable
 
-from gpustack.client import Client
+from gpustack.client.agents import AgentClient
 from gpustack.errors import Conflict, Forbidden, GPUStackError, NotFound, Unauthorized
 from gpustack.lib.backoff import delay_s
 from gpustack.schemas.instances import AssignedInstance, InstanceState, InstanceStatus, can_move
@@ -60,7 +60,9 @@ class Reports:
             del self._told[instance.id]
             self._news.set()
 
-    async def send(self, client: Client, *, first_s: float = 0.2, limit_s: float = 10.0) -> None:
+    async def send(
+        self, client: AgentClient, *, first_s: float = 0.2, limit_s: float = 10.0
+    ) -> None:
         """Tell the server each change, for ever.
 
         Raises:
@@ -82,13 +84,13 @@ class Reports:
                 failures = 0
                 await self._news.wait()
 
-    async def send_pending(self, client: Client) -> None:
+    async def send_pending(self, client: AgentClient) -> None:
         """Tell the server what it was not told yet."""
         for id, status in list(self._now.items()):
             if self._told.get(id) != status:
                 await self._send(client, id, status)
 
-    async def _send(self, client: Client, id: int, status: InstanceStatus) -> None:
+    async def _send(self, client: AgentClient, id: int, status: InstanceStatus) -> None:
         told = self._told.get(id)
         before = told.state if told else self._shown.get(id)
         try:

@@ -5,14 +5,15 @@ import logging
 from contextlib import aclosing
 from dataclasses import dataclass
 
-from gpustack.client import Client
+from gpustack.client.agents import AgentClient
 from gpustack.errors import Conflict, Forbidden, GPUStackError, Unauthorized
-from gpustack.lib.tasks import forever
+from gpustack.lib.tasks import forever, in_own_task
 from gpustack.schemas import wire
 from gpustack.schemas.workers import Heartbeat, Registration
 from gpustack.worker import detectors
 from gpustack.worker.control import Control
 from gpustack.worker.enrolment import Enrolment, Membership
+from gpustack.worker.file_orders import FileOrders
 
 logger = logging.getLogger(__name__)
 
@@ -40,10 +41,18 @@ class Rhythm:
 class Session:
     """Keeps the server informed, and this worker, whatever happens in between."""
 
-    def __init__(self, url: str, enrolment: Enrolment, control: Control, rhythm: Rhythm) -> None:
+    def __init__(
+        self,
+        url: str,
+        enrolment: Enrolment,
+        control: Control,
+        orders: FileOrders,
+        rhythm: Rhythm,
+    ) -> None:
         self._url = url
         self._enrolment = enrolment
         self._control = control
+        self._orders = orders
         self._rhythm = rhythm
         self._membership: Membership | None = None
 
@@ -67,30 +76,37 @@ class Session:
         try:
             async with (
                 asyncio.timeout(limit_s),
-                Client(self._url, self._membership.credential) as client,
+                AgentClient(self._url, self._membership.credential) as client,
             ):
                 await self._control.reports.send_pending(client)
         except (TimeoutError, GPUStackError) as error:
             logger.info("the server did not hear our last reports: %r", error)
 
     async def _until_refused(self, membership: Membership) -> GPUStackError:
-        async with Client(self._url, membership.credential) as client:
+        async with AgentClient(self._url, membership.credential) as client:
             try:
-                async with asyncio.TaskGroup() as group:
-                    group.create_task(self._watch(client))
-                    group.create_task(self._control.reports.send(client))
-                    group.create_task(self._status(client, membership.worker_id))
-                    group.create_task(self._heartbeats(client, membership.worker_id))
+                await in_own_task(self._talk(client, membership.worker_id))
             except* (Unauthorized, Forbidden) as refusals:
                 refusal = refusals.exceptions[0]
         return refusal if isinstance(refusal, GPUStackError) else Unauthorized()
 
-    async def _watch(self, client: Client) -> None:
-        async with aclosing(client.follow([wire.INSTANCES])) as events:
-            async for event in events:
-                self._control.hear(event)
+    async def _talk(self, client: AgentClient, worker_id: int) -> None:
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._watch(client))
+            group.create_task(self._control.reports.send(client))
+            group.create_task(self._orders.reports.send(client, worker_id))
+            group.create_task(self._status(client, worker_id))
+            group.create_task(self._heartbeats(client, worker_id))
+            group.create_task(self._announcements(client, worker_id))
 
-    async def _heartbeats(self, client: Client, worker_id: int) -> None:
+    async def _watch(self, client: AgentClient) -> None:
+        async with aclosing(client.follow([wire.INSTANCES, wire.MODEL_FILES])) as events:
+            async for event in events:
+                if event.kind != wire.MODEL_FILES:
+                    self._control.hear(event)
+                self._orders.hear(event)
+
+    async def _heartbeats(self, client: AgentClient, worker_id: int) -> None:
         beat = _beat(self._enrolment.registration)
         said = ""
         while True:
@@ -108,7 +124,20 @@ class Session:
             said = why
             await asyncio.sleep(self._rhythm.heartbeat_s)
 
-    async def _status(self, client: Client, worker_id: int) -> None:
+    async def _announcements(self, client: AgentClient, worker_id: int) -> None:
+        while True:
+            await self._enrolment.news.wait()
+            self._enrolment.news.clear()
+            try:
+                await client.announce(worker_id, self._enrolment.registration)
+            except (Unauthorized, Forbidden):
+                raise
+            except GPUStackError as error:
+                logger.warning("the server did not hear our new settings, again soon: %s", error)
+                self._enrolment.news.set()
+                await asyncio.sleep(self._rhythm.again_s)
+
+    async def _status(self, client: AgentClient, worker_id: int) -> None:
         loop = asyncio.get_running_loop()
         told: dict[str, object] | None = None
         told_at = 0.0

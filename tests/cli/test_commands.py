@@ -49,6 +49,19 @@ def test_lists_are_aligned_and_say_what_matters(run: Run, deployed: Path, node: 
     assert row[header.index("STATE") :].startswith("ready")
 
 
+def test_a_worker_is_labelled_and_what_it_registered_stays(run: Run, node: Node) -> None:
+    (worker,) = json.loads(run("workers", "list", "--json").stdout)
+    done = run("workers", "label", worker["name"], "zone=a=b", "rack=7")
+    assert done.stderr.endswith("rack=7,zone=a=b\n")
+    done = run("workers", "label", worker["name"], "zone=c", "rack-")
+    assert done.stderr.endswith("os=linux,zone=c\n")
+    assert ",zone=c" in run("workers", "list").stdout
+    for change, why in (("rack-", "is not there"), ("os-", "own"), ("zone", "want KEY=VALUE")):
+        assert why in run("workers", "label", worker["name"], change, status=1).stderr
+    assert "no worker is called nobody" in run("workers", "label", "nobody", "a=b", status=1).stderr
+    run("workers", "label", worker["name"], "zone-")
+
+
 def test_an_engines_log_is_printed_by_name_or_id(run: Run, deployed: Path) -> None:
     (instance,) = json.loads(run("instances", "list", "--json").stdout)
     for word in (instance["name"], str(instance["id"])):
@@ -135,6 +148,16 @@ def test_what_goes_wrong_is_one_sentence_and_status_1(
     assert done.stderr.startswith("Error: ")
     assert len(done.stderr.splitlines()) == 1
     assert done.stdout == ""
+
+
+def test_where_no_node_is_the_data_directory_is_named(run: Run, tmp_path: Path) -> None:
+    """The default port is nothing that the user has said."""
+    for words in (("models", "list"), ("export",), ("models", "rollback", "m")):
+        said = run(*words, status=1, GPUSTACK_DATA_DIR=str(tmp_path)).stderr
+        assert said.startswith("Error: no answer from the server at http://127.0.0.1:80: ")
+        assert said.endswith(
+            f"; no node runs on data directory {tmp_path}: give --data-dir or --server-url\n"
+        )
 
 
 def test_the_local_credential_never_leaves_this_machine(tmp_path: Path) -> None:

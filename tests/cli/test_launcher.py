@@ -13,6 +13,7 @@ import pytest
 from gpustack.cli.lock_file import LockFile, running_node
 from gpustack.errors import SettingsError
 from gpustack.lib.role import Boot
+from tests.support.wait import soon
 
 
 def restart(data_dir: Path | str) -> subprocess.CompletedProcess[str]:
@@ -60,6 +61,35 @@ def test_a_reader_of_the_lock_file_never_sees_half_of_it(tmp_path: Path) -> None
     writer.join()
     lock.release()
     assert (tmp_path / "lock").read_bytes() == b""
+
+
+def test_those_who_look_whether_a_node_runs_disturb_neither_it_nor_each_other(
+    tmp_path: Path,
+) -> None:
+    left = {"pid": 1, "life": "of a launcher that was killed"}
+    (tmp_path / "lock").write_text(json.dumps(left))
+    done = threading.Event()
+    found: list[object] = []
+
+    def look() -> None:
+        while not done.is_set():
+            found.append(running_node(tmp_path))
+
+    lookers = [threading.Thread(target=look) for _ in range(2)]
+    for looker in lookers:
+        looker.start()
+    soon(lambda: len(found) > 3000, "they have looked often")
+    alone = list(found)
+    try:
+        for _ in range(20):
+            lock = LockFile(tmp_path, None)  # raises if they kept it from starting
+            lock.say({"pid": os.getpid(), "life": "ours"})
+            lock.release()
+    finally:
+        done.set()
+        for looker in lookers:
+            looker.join()
+    assert set(alone) == {None}
 
 
 def test_a_launcher_names_itself_at_once_where_another_pid_stood(tmp_path: Path) -> None:

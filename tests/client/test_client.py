@@ -38,7 +38,9 @@ async def serving(answer: Answer) -> AsyncIterator[str]:
 
 def model(id: int, name: str) -> dict[str, Any]:
     spec = {"name": name, "source": "local_path", "local_path": "/m.gguf"}
-    return {**spec, "id": id, "generation": 1, "created_at": NOW, "updated_at": NOW}
+    rollout = {"generation": 1, "state": "done", "versions": []}
+    times = {"created_at": NOW, "updated_at": NOW}
+    return {**spec, "id": id, "generation": 1, "rollout": rollout, **times}
 
 
 async def test_a_call_carries_the_credential_and_the_typed_body() -> None:
@@ -54,13 +56,13 @@ async def test_a_call_carries_the_credential_and_the_typed_body() -> None:
             exchange.respond_json(201, model(5, "m"))
 
     async with serving(answer) as url, Client(url, Secret("k")) as client:
-        made = await client.create_model(
+        made = await client.models.create(
             ModelCreate(name="m", source=Source.LOCAL_PATH, local_path="/m.gguf")
         )
         assert isinstance(made, Model)
         assert made.id == 5
-        assert (await client.model(5)).name == "m"
-        await client.delete_model(5)
+        assert (await client.models.get(5)).name == "m"
+        await client.models.delete(5)
     assert [(method, path) for method, path, _, _ in seen] == [
         ("POST", "/v2/models"),
         ("GET", "/v2/models/5"),
@@ -73,15 +75,14 @@ async def test_a_call_carries_the_credential_and_the_typed_body() -> None:
 async def test_a_list_is_all_of_its_pages() -> None:
     async def answer(exchange: Exchange) -> None:
         page = 2 if "page=2" in exchange.query else 1
-        items = [model(page, f"m{page}")]
+        items = [] if "name=m3" in exchange.query else [model(page, f"m{page}")]
         pages = {"page": page, "perPage": 100, "total": 2, "totalPage": 2}
         exchange.respond_json(200, {"items": items, "pagination": pages})
 
     async with serving(answer) as url, Client(url) as client:
-        assert [one.name for one in await client.models()] == ["m1", "m2"]
-        assert (await client.model_by_name("m2")).id == 2
+        assert [one.name for one in await client.models.list()] == ["m1", "m2"]
         with pytest.raises(errors.NotFound, match="no model is called m3"):
-            await client.model_by_name("m3")
+            await client.models.by_name("m3")
 
 
 async def test_a_refusal_is_raised_as_the_error_that_the_server_named() -> None:
@@ -90,10 +91,10 @@ async def test_a_refusal_is_raised_as_the_error_that_the_server_named() -> None:
 
     async with serving(answer) as url, Client(url) as client:
         with pytest.raises(errors.Conflict, match="the name is taken") as caught:
-            await client.create_api_key(ApiKeyCreate(name="k"))
+            await client.api_keys.create(ApiKeyCreate(name="k"))
         assert caught.value.detail == {"kind": "models"}
         with pytest.raises(errors.Conflict):
-            async for _ in client.logs(1):
+            async for _ in client.instances.logs(1):
                 pass
 
 
@@ -102,10 +103,10 @@ async def test_a_server_that_cannot_be_reached_is_unavailable() -> None:
         url = f"http://127.0.0.1:{sock.getsockname()[1]}"
         async with Client(url, timeout_s=0.2) as client:
             with pytest.raises(errors.Unavailable, match=url):  # it accepts and says nothing
-                await client.me()
+                await client.users.me()
     async with Client(url) as client:
         with pytest.raises(errors.Unavailable, match=url):  # nobody listens
-            await client.me()
+            await client.users.me()
         with pytest.raises(errors.Unavailable):
             await anext(client.watch([wire.MODELS]))
 
@@ -116,9 +117,24 @@ async def test_an_answer_that_makes_no_sense_is_an_error_and_not_a_crash() -> No
 
     async with serving(answer) as url, Client(url) as client:
         with pytest.raises(errors.GPUStackError, match="not what this version knows"):
-            await client.me()
+            await client.users.me()
         with pytest.raises(errors.Unavailable, match="no event"):
             await anext(client.watch([wire.MODELS]))
+
+
+async def test_a_followed_object_that_makes_no_sense_is_an_error_of_ours_too() -> None:
+    script = Script([put(1, 5)])
+    async with serving(script.answer) as url, Client(url) as client:
+        async with asyncio.timeout(5), aclosing(client.models.follow()) as changes:
+            assert (await anext(changes)).type is EventType.RESYNC
+            with pytest.raises(errors.GPUStackError, match="not what this version knows"):
+                await anext(changes)
+
+
+async def test_a_kind_that_nobody_knows_is_not_waited_for() -> None:
+    async with Client("http://127.0.0.1:1") as client:
+        with pytest.raises(errors.BadRequest, match=r"want some of .*models.*, got modles"):
+            client.follow(["models", "modles"])
 
 
 async def test_proxies_of_the_environment_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,7 +145,7 @@ async def test_proxies_of_the_environment_are_not_used(monkeypatch: pytest.Monke
         exchange.respond_json(200, model(1, "m"))
 
     async with serving(answer) as url, Client(url) as client:
-        assert (await client.model(1)).name == "m"
+        assert (await client.models.get(1)).name == "m"
 
 
 async def test_logs_come_as_they_are_written() -> None:
@@ -144,7 +160,7 @@ async def test_logs_come_as_they_are_written() -> None:
         await exchange.send(b"two\n")
 
     async with serving(answer) as url, Client(url) as client:
-        async with aclosing(client.logs(4, tail=10, follow=True)) as pieces:
+        async with aclosing(client.instances.logs(4, tail=10, follow=True)) as pieces:
             assert await anext(pieces) == b"one\n"
             more.set()
             assert await anext(pieces) == b"two\n"

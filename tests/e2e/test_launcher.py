@@ -9,12 +9,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 
 from tests.e2e.conftest import MakeNode
-from tests.support.node import Node, free_ports
+from tests.support.node import Node
+from tests.support.ports import free_ports
 from tests.support.streams import running_streams
 from tests.support.wait import eventually, soon
 
@@ -33,12 +35,21 @@ def test_a_second_start_on_the_same_data_directory_names_the_pid_that_runs(node:
     assert "Traceback" not in second.stderr
 
 
-@pytest.mark.parametrize("option", ["--port", "--api-port", "--worker-port"])
+@pytest.mark.parametrize(
+    "option",
+    ["--port", "--api-port", "--worker-port", "--metrics-port", "--worker-metrics-port"],
+)
 def test_a_taken_port_is_named_with_the_option_that_changes_it(
     make_node: MakeNode, option: str
 ) -> None:
     node = make_node()
-    port = {"--port": node.port, "--api-port": node.api_port, "--worker-port": node.worker_port}
+    port = {
+        "--port": node.port,
+        "--api-port": node.api_port,
+        "--worker-port": node.worker_port,
+        "--metrics-port": node.metrics_port,
+        "--worker-metrics-port": node.worker_metrics_port,
+    }
     with socket.socket() as taken:
         taken.bind(("0.0.0.0", port[option]))
         taken.listen()
@@ -278,6 +289,53 @@ def test_a_hangup_reloads_the_log_level_and_stops_nothing(
     file.write_text("prot: 1\n")
     node.process.send_signal(signal.SIGHUP)
     soon(lambda: "not reloaded" in node.log.read_text(), "a mistake is said and costs nothing")
+    assert sorted(node.pids()) == pids
+
+
+def test_a_running_node_takes_in_what_needs_no_restart(make_node: MakeNode, tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text("worker_labels: [rack=1]\n")
+    node = make_node("--config-file", str(file)).start()
+    pids = sorted(node.pids())
+
+    def reload(*more: str, status: int = 0) -> str:
+        done = run("reload-config", "--data-dir", str(node.data_dir), *more)
+        assert done.returncode == status, done.stderr
+        return done.stdout if status == 0 else done.stderr
+
+    def labels() -> dict[str, str]:
+        with node.http() as http:
+            (worker,) = http.get("/v2/workers").json()["items"]
+        return dict(worker["labels"])
+
+    def allowed() -> str:
+        with node.http() as http:
+            told = http.get("/v1/models", headers={"Origin": "https://app.example"}).headers
+        return str(told.get("access-control-allow-origin"))
+
+    def shown() -> dict[str, Any]:
+        with node.http() as http:
+            items = http.get("/v2/settings").json()["items"]
+        return {one["key"]: one["value"] for one in items}
+
+    assert labels()["rack"] == "1"
+    assert allowed() == "None"
+    assert reload() == "in effect: nothing new\n"
+    file.write_text("worker_labels: [rack=2]\ngateway_concurrency: 1\nenable_cors: true\n")
+    assert reload() == (
+        "in effect: enable_cors, worker_labels\nneeds `gpustack restart`: gateway_concurrency\n"
+    )
+    soon(lambda: labels()["rack"] == "2", "the server has heard of the new label")
+    soon(lambda: allowed() == "*", "the gateway answers pages of other origins")
+    assert not shown()["debug"]
+    assert "in effect: debug" in reload("--set", "debug=true")
+    soon(lambda: shown()["debug"], "the settings that the server shows are those in effect")
+    soon(lambda: node.log.read_text().count("log level is now DEBUG") == len(pids), "all hear it")
+    file.write_text("prot: 1\n")
+    assert "nothing was changed" in (said := reload(status=1))
+    assert f"{file}, line 1: unknown key prot; did you mean port?" in said
+    assert "--set: port needs a restart" in reload("--set", "port=81", status=1)
+    assert "want true or false" in reload("--set", "debug=maybe", status=1)
     assert sorted(node.pids()) == pids
 
 

@@ -1,7 +1,6 @@
 """Every route of every application refuses strangers, unless it is on the public list."""
 
 import re
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import httpx
@@ -9,16 +8,19 @@ import psutil
 import pytest
 from fastapi import APIRouter, FastAPI
 
+from gpustack.forward import metrics
 from gpustack.gateway import app as gateway_app
 from gpustack.gateway import relay
 from gpustack.schemas import wire
 from gpustack.server.app import create_app
+from gpustack.server.auth.known import Known
 from gpustack.server.db.database import Database
 from gpustack.server.feed import Feed
 from gpustack.server.heartbeats import Heartbeats
 from gpustack.worker import api as agent_api
 from tests.e2e.conftest import MakeNode
 from tests.support.node import Node
+from tests.support.routes import walk
 
 #: DESIGN: "Public without credentials: /healthz, /readyz, /version, the ways in below /auth/".
 #: Of those below /auth/, leaving and changing a password are no ways in.
@@ -38,26 +40,16 @@ def local_node(make_node: MakeNode) -> Node:
 
 def server_app(tmp_path: Path) -> FastAPI:
     db = Database(f"sqlite:///{tmp_path / 'none.db'}")
-    return create_app(db, Feed(db, "epoch", lambda *_: None), Heartbeats(), None)
+    return create_app(db, Feed(db, "epoch", lambda *_: None), Heartbeats(), None, Known())
 
 
 def server_routes(tmp_path: Path) -> list[tuple[str, str]]:
     app = server_app(tmp_path)
-    found = list(walk(app.routes))
+    # The document does not say that a parameter may hold slashes.
+    found = [(method, path.replace(":path}", "}")) for method, path in walk(app.routes)]
     documented = {path for path, methods in app.openapi()["paths"].items() if methods}
     assert documented <= {path for _, path in found}  # the walk misses nothing
     return found
-
-
-def walk(routes: Iterable[object]) -> Iterator[tuple[str, str]]:
-    """Method and path of each route, also of those in included routers."""
-    for route in routes:
-        included = getattr(route, "original_router", None)
-        if included is not None:
-            yield from walk(included.routes)
-        else:
-            for method in sorted(getattr(route, "methods", None) or ["GET"]):
-                yield method, str(getattr(route, "path"))  # noqa: B009  no common type
 
 
 def concrete(pattern: str) -> str:
@@ -78,7 +70,7 @@ def agent_port(node: Node) -> int:
     listening = [
         one.laddr.port
         for one in psutil.Process(pid).net_connections("tcp")
-        if one.status == psutil.CONN_LISTEN
+        if one.status == psutil.CONN_LISTEN and one.laddr.port != node.worker_metrics_port
     ]
     assert len(listening) == 1
     return int(listening[0])
@@ -90,6 +82,8 @@ def test_no_route_of_any_application_answers_a_stranger(node: Node, tmp_path: Pa
         node.url: [*server_routes(tmp_path), *_own(gateway_app.ROUTES)],
         f"http://127.0.0.1:{node.worker_port}": [*_own(relay.ROUTES), *_own(agent_api.ROUTES)],
         f"http://127.0.0.1:{agent_port(node)}": _own(agent_api.ROUTES),
+        f"http://127.0.0.1:{node.metrics_port}": [("GET", metrics.PATH)],
+        f"http://127.0.0.1:{node.worker_metrics_port}": [("GET", metrics.PATH)],
     }
     checked, open_doors = 0, []
     for place, known in places.items():
@@ -103,6 +97,17 @@ def test_no_route_of_any_application_answers_a_stranger(node: Node, tmp_path: Pa
                 open_doors.append((place, method, pattern, status))
     assert open_doors == []
     assert checked > 60
+
+
+def test_metrics_ports_serve_nothing_else(node: Node, tmp_path: Path) -> None:
+    known = [*server_routes(tmp_path), *_own(gateway_app.ROUTES), *_own(agent_api.ROUTES)]
+    with httpx.Client(trust_env=False) as http:
+        for port in (node.metrics_port, node.worker_metrics_port):
+            place = f"http://127.0.0.1:{port}"
+            for method, pattern in known:
+                status = http.request(method, place + concrete(pattern)).status_code
+                assert status == 404, (port, pattern)
+            assert http.post(place + metrics.PATH).status_code == 405
 
 
 def test_unknown_paths_tell_a_stranger_nothing(node: Node) -> None:

@@ -554,6 +554,21 @@ async def test_a_drain_closes_idle_connections_only_after_they_were_idle_for_a_w
                 await drained
 
 
+async def test_a_drain_waits_only_shortly_for_a_head_that_has_begun() -> None:
+    async with serving() as served:
+        client = await Client.to(served.port)
+        client.writer.write(b"GET / HTTP/1.1\r\nHos")
+
+        async def begun() -> bool:
+            return any(each._in_head for each in served.server.connections)
+
+        await eventually(begun, "the head has begun")
+        async with asyncio.timeout(5), asyncio.TaskGroup() as group:
+            group.create_task(served.server.drain(idle_s=0.1))
+            assert (await client.reply()).status == 408
+            await client.close()
+
+
 async def test_a_drain_ends_at_its_limit() -> None:
     async def never(exchange: Exchange) -> None:
         await asyncio.Event().wait()

@@ -59,7 +59,7 @@ async def role(
     shared: socket.socket | None = None,
 ) -> AsyncIterator[Role]:
     """A process of `gpustack.gateway.<module>` that inherits a listening socket as `name`."""
-    settings = load({"data_dir": str(data_dir), "force_auth_localhost": "true"}, {})
+    settings = load({"data_dir": str(data_dir), "force_auth_localhost": "true"}, {}).settings
     sock = shared.dup() if shared is not None else listen("127.0.0.1", 0)
     counts = os.memfd_create("counts")
     boot = Boot(to_json(settings), {name: sock.fileno()}, {**extra, "counts_fd": counts})

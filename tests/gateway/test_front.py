@@ -375,16 +375,18 @@ async def test_a_drain_ends_a_passed_watch_at_once_and_lets_a_finite_answer_end(
 
     async with running(answer) as server:
         async with gateway(tmp_path, server.port, ready=False) as gate:
-            finite, endless = await Client.to(gate.port), await Client.to(gate.port)
+            finite, *endless = [await Client.to(gate.port) for _ in range(3)]
             finite.ask("GET", "/v2/download")
-            endless.ask("GET", "/v2/models?watch=true")
-            for client in (finite, endless):
+            endless[0].ask("GET", "/v2/models?watch=true")
+            endless[1].ask("GET", "/v2/watch?kinds=models")
+            for client in (finite, *endless):
                 await client.head()
                 assert await client.chunk() == b"begin"
             async with asyncio.TaskGroup() as group:
                 drained = group.create_task(gate.server.drain(idle_s=0.1))
                 async with asyncio.timeout(1):
-                    assert await endless.chunk() == b""
+                    for client in endless:
+                        assert await client.chunk() == b""
                 assert not drained.done()
                 finish.set()
                 assert await finite.chunk() == b"end"

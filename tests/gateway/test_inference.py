@@ -596,6 +596,23 @@ async def test_a_large_body_whose_first_instance_is_gone_goes_to_another(tmp_pat
             assert [seen.body == body for seen in two.seen] == [True, True]
 
 
+async def test_a_body_that_a_dead_instance_paused_goes_on_to_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next has a connection that takes the beginning at once, so nothing there resumes it."""
+    monkeypatch.setattr("gpustack.gateway.inference.HELD_BYTES", 100_000)
+    body = b'{"model": "m", "x": "' + b"y" * 250_000 + b'"}'
+    async with watch_server() as server, running() as one, running() as two:
+        fill(server, one, two)
+        async with gateway(tmp_path, server.port) as gate:
+            for _ in range(2):
+                assert (await gate.chat(b'{"model": "m"}')).status == 200
+            one.stop()
+            for _ in range(2):
+                assert (await gate.chat(body)).status == 200
+            assert [seen.body == body for seen in two.seen[-2:]] == [True, True]
+
+
 async def test_a_large_body_that_names_no_model_early_is_refused(tmp_path: Path) -> None:
     body = b'{"x": "' + b"y" * (9 * 1024 * 1024) + b'", "model": "m"}'
     async with watch_server() as server, running() as engine:

@@ -1,7 +1,10 @@
-"""A real control plane on a real database, called in process."""
+"""A real control plane on a real database, called in process.
 
-import shutil
-from collections.abc import AsyncIterator, Awaitable, Callable
+Every test that touches a database runs on each kind of it. SQLite is for `make test`; the others
+would make that too long, and carry the mark slow.
+"""
+
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,8 +18,8 @@ from gpustack.config.load import load
 from gpustack.schemas import wire
 from gpustack.server.app import control_plane
 from gpustack.server.db.database import Database
-from gpustack.server.db.migrate import migrate
 from gpustack.server.feed import Feed
+from tests.support.databases import KINDS, Databases
 
 GATEWAY, LOCAL_ADMIN, JOIN = "gateway-secret", "local-admin-secret", "join-secret"
 PASSWORD = "Bootstrap-1"
@@ -110,24 +113,55 @@ def registration(name: str = "w1", **more: Any) -> dict[str, Any]:
 Start = Callable[..., Awaitable[Plane]]
 
 
-@pytest.fixture(scope="session")
-def migrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A database as the migrations make it, to be copied."""
-    path = tmp_path_factory.mktemp("migrated") / "database.db"
-    migrate(f"sqlite:///{path}")
-    return path
+@pytest.fixture(
+    scope="session",
+    params=[
+        kind if kind == "sqlite" else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS
+    ],
+)
+def databases(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Databases]:
+    """Each kind of database."""
+    kind: str = request.param
+    with KINDS[kind](tmp_path_factory.mktemp(kind)) as made:
+        yield made
 
 
 @pytest.fixture
-async def start(migrated: Path) -> AsyncIterator[Start]:
-    """Start a control plane on a data directory; all are ended after the test."""
+async def empty_url(databases: Databases, tmp_path: Path) -> AsyncIterator[str]:
+    """A database without a table."""
+    url = await databases.empty(tmp_path)
+    yield url
+    await databases.drop(url)
+
+
+@pytest.fixture
+async def database_url(databases: Databases, tmp_path: Path) -> AsyncIterator[str]:
+    """A database with the newest schema."""
+    url = await databases.migrated(tmp_path)
+    yield url
+    await databases.drop(url)
+
+
+@pytest.fixture
+async def start(database_url: str) -> AsyncIterator[Start]:
+    """Start a control plane on a data directory; all are ended after the test.
+
+    Those of one test have one database, unless an option says otherwise.
+    """
     async with AsyncExitStack() as stack:
 
         async def begin(data_dir: Path, **options: str) -> Plane:
-            given = {"data_dir": str(data_dir), "bootstrap_password": PASSWORD} | options
-            settings = load(given, {})
-            if not (data_dir / "database.db").exists():
-                shutil.copy(migrated, data_dir / "database.db")
+            settings = load(
+                {
+                    "data_dir": str(data_dir),
+                    "bootstrap_password": PASSWORD,
+                    "database_url": database_url,
+                }
+                | options,
+                {},
+            ).settings
             extra = {
                 "gateway_credential": GATEWAY,
                 "local_admin": LOCAL_ADMIN,

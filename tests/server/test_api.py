@@ -10,8 +10,10 @@ import httpx
 import pytest
 from sqlmodel import select
 
-from gpustack.server.controllers.workers import Workers
+from gpustack.schemas import wire
+from gpustack.server.controllers.workers import ALL, SILENT_AGAIN_S, Workers
 from gpustack.server.db import tables
+from gpustack.server.heartbeats import Heartbeats
 from tests.server.conftest import JOIN, PASSWORD, Plane, Start, registration
 from tests.support.wait import eventually
 
@@ -149,15 +151,19 @@ async def test_an_update_of_an_old_generation_is_a_conflict_that_shows_the_curre
 async def test_a_change_of_the_number_of_copies_is_no_new_version(plane: Plane) -> None:
     admin = await plane.admin()
     model = (await admin.post("/v2/models", json=MODEL | {"replicas": 0})).json()
+    path = f"/v2/models/{model['id']}"
+
+    async def generations(*wanted: int) -> None:
+        async def check() -> bool:
+            return [one["model_generation"] for one in await instances(admin)] == [*wanted]
+
+        await eventually(check, f"the instances are of generations {wanted}")
+
     for replicas in (1, 2):
-        await admin.put(f"/v2/models/{model['id']}", json=MODEL | {"replicas": replicas})
-    await admin.put(f"/v2/models/{model['id']}", json=MODEL | {"env": {"A": "1"}, "replicas": 3})
-
-    async def generations() -> bool:
-        found = [one["model_generation"] for one in await instances(admin)]
-        return sorted(found) == [1, 1, 4]
-
-    await eventually(generations, "two of the first version, one of the second")
+        await admin.put(path, json=MODEL | {"replicas": replicas})
+        await generations(*[1] * replicas)
+    await admin.put(path, json=MODEL | {"env": {"A": "1"}, "replicas": 3})
+    await generations(4, 4, 4)  # none has a worker yet: there is nothing to lose
 
 
 @pytest.mark.parametrize("text", ["/x\ud800.gguf", "/x\0.gguf"])
@@ -281,6 +287,14 @@ async def test_a_cookie_is_not_enough_for_a_write_that_another_site_makes(plane:
     for headers in ({"Origin": "http://evil.example"}, {"Sec-Fetch-Site": "cross-site"}):
         answer = await browser.post("/v2/api-keys", json={"name": "x"}, headers=headers)
         assert answer.status_code == 403
+    foreign = {"Origin": "http://app.example"}
+    vouched = foreign | {wire.VOUCHED_HEADER: "1"}
+    answer = await browser.post("/v2/api-keys", json={"name": "x"}, headers=vouched)
+    assert answer.status_code == 201
+    stranger = await plane.client(None)  # who says so is no gateway
+    stranger.cookies = browser.cookies
+    answer = await stranger.post("/v2/api-keys", json={"name": "x"}, headers=vouched)
+    assert answer.status_code == 403
     own = {"Origin": "http://test", "Sec-Fetch-Site": "same-origin"}
     assert (await browser.post("/v2/api-keys", json={"name": "x"}, headers=own)).status_code == 201
 
@@ -403,13 +417,25 @@ async def test_a_silent_worker_is_unreachable_with_its_instances_until_it_is_hea
     heartbeats = plane.app.state.heartbeats
 
     async def look(limit: timedelta) -> tuple[str, str]:
-        await Workers(plane.db, heartbeats, silent_after=limit).reconcile(agent.id)
+        await Workers(plane.db, heartbeats, silent_after=limit).reconcile(ALL)
         (worker,) = (await admin.get("/v2/workers")).json()["items"]
         return worker["state"], (await instances(admin))[0]["state"]
 
     assert await look(timedelta(0)) == ("unreachable", "unreachable")
     heartbeats.heard(agent.id)
     assert await look(timedelta(seconds=60)) == ("ready", "starting")
+
+
+async def test_one_look_judges_every_worker(plane: Plane) -> None:
+    first, second = await plane.worker("first"), await plane.worker("second")
+    heard = Heartbeats()
+    assert (await Workers(plane.db, heard, silent_after=timedelta(0)).reconcile(ALL)) is not None
+    heard.heard(first.id)
+    again_s = await Workers(plane.db, heard, silent_after=timedelta(minutes=1)).reconcile(ALL)
+    admin = await plane.admin()
+    states = {w["id"]: w["state"] for w in (await admin.get("/v2/workers")).json()["items"]}
+    assert states == {first.id: "ready", second.id: "unreachable"}
+    assert again_s == SILENT_AGAIN_S  # the earliest of what is due
 
 
 async def test_two_that_wait_are_not_placed_on_the_same_memory(plane: Plane) -> None:
@@ -432,7 +458,12 @@ async def test_a_model_that_the_scheduler_cannot_think_about_holds_up_no_other(
 ) -> None:
     admin = await plane.admin()
     await plane.worker()
-    await admin.post("/v2/models", json=MODEL | {"name": "odd"})
+    odd = (await admin.post("/v2/models", json=MODEL | {"name": "odd"})).json()
+
+    async def read() -> bool:
+        return (await admin.get(f"/v2/models/{odd['id']}")).json()["profile"] is not None
+
+    await eventually(read, "its file was looked for")
     async with plane.db.write() as session:  # as a defect elsewhere might leave it
         row = (await session.exec(select(tables.ModelVersion))).one()
         row.profile = {"weights_bytes": "many"}

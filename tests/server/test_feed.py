@@ -7,18 +7,22 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from sqlmodel import delete, select
 
+from gpustack.lib.secrets import digest
 from gpustack.schemas import wire
-from gpustack.server.controllers.workers import Workers
+from gpustack.schemas.credentials import CredentialKind
+from gpustack.server.controllers.workers import ALL, Workers
 from gpustack.server.db import history, tables
 from gpustack.server.db.database import Database, current_revision
 from gpustack.server.feed import Subscription, _changes
 from gpustack.server.views import GATEWAY, USER, Audience
-from tests.server.conftest import Plane, registration
+from tests.server.conftest import PASSWORD, Plane, Start, registration
+from tests.support.wait import eventually
 
-KINDS = frozenset({wire.MODELS})
+KINDS, API_KEYS = frozenset({wire.MODELS}), frozenset({wire.API_KEYS})
 MODEL = {"source": "local_path", "local_path": "/m.gguf", "replicas": 0}
 
 
@@ -190,16 +194,18 @@ async def test_one_transaction_is_one_revision_and_commit_order_is_its_order(pla
 
 async def test_what_was_listed_does_not_go_back_in_time(plane: Plane) -> None:
     """A change from before the list, that arrives after it, is dropped."""
-    (model,) = await add(plane, "a")
-    lines = plane.feed.watch(KINDS, USER)
-    watch = Watch(lines)
-    assert (await watch.next())["id"] == model
+    kinds = frozenset({wire.CREDENTIALS})  # what no controller changes meanwhile
+    admin = await plane.admin()
+    listed = await create_key(admin, "a")
+    newest = await _revision(plane.db)
+    await plane.feed.reach(newest)  # the feed is done with it
+    watch = Watch(plane.feed.watch(kinds, GATEWAY))
+    await watch.next()
     for subscription in plane.feed._subscriptions:
-        subscription.put((wire.MODELS, model), 0, b'"older"')
-    assert (await watch.next())["type"] == "synced"
-    (other,) = await add(plane, "b")
-    assert (await watch.of(other))["data"]["name"] == "b"
-    assert "older" not in [event.get("data") for event in watch.seen]
+        subscription.put((wire.CREDENTIALS, listed), newest, b'"again"')
+    await watch.until("synced")
+    other = await create_key(admin, "b")
+    assert (await watch.next())["id"] == other
 
 
 async def test_the_history_gives_each_object_once_in_the_order_of_its_last_change(
@@ -237,6 +243,49 @@ async def test_the_history_is_bounded_and_expired_credentials_go(
     assert min(kept) > newest - 2
 
 
+async def test_what_expired_while_no_server_ran_is_gone_soon_after_the_start(
+    start: Start, tmp_path: Path
+) -> None:
+    first = await start(tmp_path)
+    async with first.db.write() as session:
+        session.add(_credential("old", expires_at=datetime(2020, 1, 1, tzinfo=UTC)))
+    second = await start(tmp_path)
+
+    async def gone() -> bool:
+        async with second.db.read() as session:
+            query = select(tables.Credential).where(tables.Credential.digest == "old")
+            return (await session.exec(query)).first() is None
+
+    await eventually(gone, "the history is pruned at the start")
+
+
+async def test_a_worker_that_says_again_who_it_is_is_no_news_of_its_instances(
+    plane: Plane,
+) -> None:
+    admin, agent = await plane.admin(), await plane.worker("one")
+    await admin.post("/v2/models", json=MODEL | {"name": "m", "replicas": 1})
+    watch = Watch(plane.feed.watch(frozenset({wire.MODELS, wire.INSTANCES}), USER))
+    seen: dict[str, Any] = {}
+
+    async def quiet() -> None:
+        await plane.feed.reach(await _revision(plane.db))
+        seen.update({event["kind"]: event["data"] for event in await watch.until("heartbeat")})
+
+    await watch.until("synced")
+    while (
+        seen.get(wire.INSTANCES, {}).get("state") != "scheduled"
+        or not seen[wire.MODELS]["profile"]
+        or seen[wire.MODELS]["rollout"]["message"]
+    ):
+        await quiet()
+    seen.clear()
+    path = f"/v2/workers/{agent.id}/registration"
+    again = registration("one", run_id="the next")
+    assert (await agent.http.put(path, json=again)).status_code == 200
+    await quiet()
+    assert seen == {}
+
+
 async def test_watchers_are_told_what_the_list_shows_when_a_worker_falls_silent_and_returns(
     plane: Plane,
 ) -> None:
@@ -259,15 +308,110 @@ async def test_watchers_are_told_what_the_list_shows_when_a_worker_falls_silent_
     await agent.say(one["id"], "starting")
     await agent.say(one["id"], "running")
     await see(1, "running")
-    await Workers(plane.db, plane.app.state.heartbeats, silent_after=timedelta(0)).reconcile(
-        agent.id
-    )
+    await Workers(plane.db, plane.app.state.heartbeats, silent_after=timedelta(0)).reconcile(ALL)
     await see(0, "unreachable")
     path = f"/v2/workers/{agent.id}/registration"
     assert (await agent.http.put(path, json=registration("one"))).status_code == 200
     await see(1, "running")
     await admin.delete(f"/v2/models/{model_id}")
     await see(0, "stopping")
+
+
+async def another_user(plane: Plane) -> httpx.AsyncClient:
+    """A client of a second user, who is no administrator."""
+    async with plane.db.write() as session:
+        user = tables.User(username="second", password_hash="none")
+        session.add(user)
+        await session.flush()
+        opens = _credential(digest("second-secret"), user_id=user.id, name="opens", scopes=["*"])
+        session.add(opens)
+    return await plane.client("second-secret")
+
+
+async def create_key(http: httpx.AsyncClient, name: str) -> int:
+    return int((await http.post("/v2/api-keys", json={"name": name})).json()["id"])
+
+
+async def log_in_and_out(plane: Plane) -> None:
+    browser = await plane.through_gateway()
+    login = {"username": "admin", "password": PASSWORD}
+    assert (await browser.post("/auth/login", data=login)).status_code == 204
+    assert (await browser.post("/auth/logout")).status_code == 204
+
+
+async def test_users_watch_their_own_keys_as_the_list_shows_them(plane: Plane) -> None:
+    admin = await plane.admin()
+    first = await create_key(admin, "first")
+    watch = Watch(plane.feed.watch(API_KEYS, await _of_user(plane, "admin")))
+    listed = await watch.until("synced")
+    assert [(event["kind"], event["data"]["name"]) for event in listed] == [("api-keys", "first")]
+    created = await create_key(admin, "second")
+    put = await watch.of(created)
+    assert put["data"] == (await admin.get(f"/v2/api-keys/{created}")).json()
+    assert "digest" not in json.dumps(watch.seen)
+    await admin.delete(f"/v2/api-keys/{first}")
+    gone = await watch.of(first, "delete")
+    assert (gone["kind"], gone["data"]) == ("api-keys", None)
+    await log_in_and_out(plane)  # a session is a credential too, and no key
+    await plane.feed.reach(await _revision(plane.db))
+    assert await watch.until("heartbeat") == []
+    await admin.put(f"/v2/api-keys/{created}", json={"name": "renamed"})
+    resumed = Watch(plane.feed.watch(API_KEYS, await _of_user(plane, "admin"), since=watch.cursor))
+    (missed,) = await resumed.until("synced")
+    assert missed["data"]["name"] == "renamed"
+
+
+async def test_nobody_hears_of_another_users_keys_nor_of_other_credentials(plane: Plane) -> None:
+    admin, second = await plane.admin(), await another_user(plane)
+    kept = await create_key(admin, "kept")
+    mine = Watch(plane.feed.watch(API_KEYS, await _of_user(plane, "second")))
+    listed = await mine.until("synced")
+    assert [event["data"]["name"] for event in listed] == ["opens"]
+    start = mine.cursor
+
+    revoked = await create_key(admin, "revoked")
+    await admin.put(f"/v2/api-keys/{kept}", json={"name": "renamed"})
+    await admin.delete(f"/v2/api-keys/{revoked}")
+    await plane.worker()
+    await log_in_and_out(plane)
+    own = await create_key(second, "own")
+    await plane.feed.reach(await _revision(plane.db))
+
+    (shown,) = (await second.get("/v2/api-keys", params={"page": 2, "perPage": 1})).json()["items"]
+    assert shown["id"] == own
+    assert [event["id"] for event in await mine.until("heartbeat")] == [own]
+    resumed = Watch(plane.feed.watch(API_KEYS, await _of_user(plane, "second"), since=start))
+    assert [event["id"] for event in await resumed.until("synced")] == [own]
+    gateway = Watch(plane.feed.watch(frozenset({wire.CREDENTIALS}), GATEWAY))
+    everything = await gateway.until("synced")
+    assert {kept, own} < {event["id"] for event in everything}
+    assert all(event["data"]["digest"] for event in everything)
+
+
+async def test_only_keys_are_made_into_bytes_for_each_user(plane: Plane) -> None:
+    one, other = await _of_user(plane, "admin"), Audience(CredentialKind.KEY, user_id=99)
+    shared = (wire.MODELS, wire.INSTANCES, wire.WORKERS)
+    assert all(one.of_kind(kind) == other.of_kind(kind) == USER for kind in shared)
+    assert one.of_kind(wire.API_KEYS) != other.of_kind(wire.API_KEYS)
+
+
+async def test_the_route_of_the_keys_watch_is_for_users(plane: Plane) -> None:
+    second, agent, gateway = await another_user(plane), await plane.worker(), await plane.gateway()
+    for client in (agent.http, gateway):
+        assert (await client.get("/v2/api-keys?watch=true")).status_code == 403
+    assert (await gateway.get("/v2/watch?kinds=api-keys")).status_code == 403
+    assert (await second.get("/v2/watch?kinds=api-keys")).status_code == 403  # administrators'
+    plane.feed.close()  # so that the stream ends with what it begins with
+    answer = await second.get("/v2/api-keys?watch=true&since=old.1")
+    lines = [json.loads(line) for line in answer.text.splitlines()]
+    assert [line["type"] for line in lines] == ["resync", "put", "synced"]
+    assert lines[1]["data"]["name"] == "opens"
+
+
+async def _of_user(plane: Plane, username: str) -> Audience:
+    async with plane.db.read() as session:
+        query = select(tables.User).where(tables.User.username == username)
+        return Audience(CredentialKind.KEY, user_id=(await session.exec(query)).one().id)
 
 
 async def test_a_watch_ends_with_the_key_that_opened_it(plane: Plane) -> None:
@@ -332,7 +476,6 @@ async def test_each_audience_sees_only_what_is_for_it(plane: Plane, tmp_path: Pa
 
 
 async def _principal(worker_id: int) -> Any:
-    from gpustack.schemas.credentials import CredentialKind
     from gpustack.server.auth.principals import Principal
 
     return Principal(CredentialKind.WORKER, worker_id=worker_id)
@@ -343,5 +486,5 @@ async def _revision(db: Database) -> int:
         return await current_revision(session)
 
 
-def _credential(digest: str) -> tables.Credential:
-    return tables.Credential(kind="key", digest=digest, scopes=[])
+def _credential(digest: str, **more: Any) -> tables.Credential:
+    return tables.Credential(**{"kind": "key", "digest": digest, "scopes": []} | more)

@@ -1,10 +1,14 @@
 """The queue and the loop that controllers share."""
 
 import asyncio
+from pathlib import Path
 
 from gpustack.server.controllers import queue as queues
 from gpustack.server.controllers.queue import WorkQueue
 from gpustack.server.controllers.runner import run
+from gpustack.server.db import tables
+from gpustack.server.db.database import Database
+from tests.server.conftest import Start
 from tests.support.wait import eventually
 
 
@@ -65,6 +69,31 @@ async def test_a_key_has_one_appointment_however_often_it_is_looked_at() -> None
         await eventually(five_more, "it is looked at again and again")
         assert asyncio.get_running_loop().time() - start > 0.2  # one chain: 50 ms each
         task.cancel()
+
+
+async def test_what_no_server_lived_to_look_at_is_looked_at_after_the_next_start(
+    start: Start, database_url: str, tmp_path: Path
+) -> None:
+    db = Database(database_url)
+    async with db.write() as session:  # all that the request's transaction left, and no hint
+        session.add(tables.Cluster(cluster_id="c", epoch="e", token_digest="t"))
+        session.add(tables.Counter(revision=0))
+        model = tables.Model(
+            name="m", replicas=1, placement_strategy="spread", restart_on_error=True,
+            worker_selector={},
+        )  # fmt: skip
+        session.add(model)
+        await session.flush()
+        spec = {"source": "local_path", "local_path": "/m.gguf"}
+        session.add(tables.ModelVersion(model_id=model.key()[1], generation=1, spec=spec))
+    await db.close()
+    admin = await (await start(tmp_path)).admin()
+
+    async def made() -> bool:
+        found = (await admin.get("/v2/model-instances")).json()["items"]
+        return [one["model_name"] for one in found] == ["m"]
+
+    await eventually(made, "the model has its instance")
 
 
 async def test_a_failing_key_is_retried_and_does_not_stop_the_others() -> None:

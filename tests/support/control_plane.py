@@ -16,7 +16,13 @@ from gpustack.forward.listener import Exchange, Server, asynchronous
 from gpustack.lib.secrets import new_secret
 from gpustack.schemas import wire
 from gpustack.schemas.instances import AssignedInstance, InstanceState, InstanceStatus, can_move
-from gpustack.schemas.models import VersionSpec
+from gpustack.schemas.model_files import (
+    ModelFile,
+    ModelFileReport,
+    ModelFileState,
+    ModelFileStatus,
+)
+from gpustack.schemas.models import ModelSource, VersionSpec
 from gpustack.schemas.workers import Heartbeat, Registration, WorkerStatus
 
 JOIN_TOKEN = "join-token-of-the-cluster"
@@ -41,11 +47,29 @@ def assigned(id: int, spec: VersionSpec, **more: Any) -> AssignedInstance:
     return AssignedInstance(id=id, spec=spec, **{**facts, **more})
 
 
+def model_file(id: int, **more: Any) -> ModelFile:
+    """A model file as a worker is sent it: asked for, and not answered yet."""
+    now = datetime.now(UTC)
+    facts: dict[str, Any] = {
+        "source": "huggingface",
+        "huggingface_repo_id": "org/one",
+        "huggingface_filename": "one.gguf",
+        "worker_id": 1,
+        "generation": 1,
+        "state": ModelFileState.DOWNLOADING,
+        "created_at": now,
+        "updated_at": now,
+    }
+    return ModelFile(id=id, **{**facts, **more})
+
+
 class ControlPlane:
     """What the server knows, and what it was told.
 
     Attributes:
         reports: (instance id, status) in the order they came.
+        files: model files by id; what the worker reports of one is shown in it.
+        file_reports: (model file id, status) in the order they came.
         refuse: "METHOD /path" pattern -> HTTP status, to play a server in trouble.
         refused: requests that got an error.
         strict: whether illegal moves get 409, as the server's own table has them.
@@ -64,6 +88,8 @@ class ControlPlane:
         self.announcements: list[Registration] = []
         self.heartbeats: list[Heartbeat] = []
         self.statuses: list[WorkerStatus] = []
+        self.files: dict[int, ModelFile] = {}
+        self.file_reports: list[tuple[int, ModelFileStatus]] = []
         self.reports: list[tuple[int, InstanceStatus]] = []
         self.refuse: dict[str, int] = {}
         self.refused = 0
@@ -86,6 +112,28 @@ class ControlPlane:
     async def remove(self, id: int) -> None:
         del self.instances[id]
         await self._tell("delete", id)
+
+    async def ask(self, file: ModelFile) -> None:
+        """Want a model file, or want something else of one."""
+        self.files[file.id] = file
+        await self._tell("put", file.id, wire.MODEL_FILES)
+
+    async def forget(self, id: int) -> None:
+        """Delete a model file's row."""
+        del self.files[id]
+        await self._tell("delete", id, wire.MODEL_FILES)
+
+    async def until_file(self, id: int, state: ModelFileState) -> ModelFileStatus:
+        """The first report of `state` on a model file."""
+
+        def found() -> ModelFileStatus | None:
+            of = (status for which, status in self.file_reports if which == id)
+            return next((status for status in of if status.state is state), None)
+
+        await self.until(found)
+        status = found()
+        assert status is not None
+        return status
 
     def break_watches(self) -> None:
         """Cut the connection of each watch at its next event."""
@@ -155,6 +203,11 @@ class ControlPlane:
         elif path.endswith("/heartbeat"):
             self.heartbeats.append(Heartbeat.model_validate(body))
             exchange.respond(204)
+        elif path.endswith("/model-files"):
+            self._new_file(exchange, ModelFileReport.model_validate(body))
+        elif path.startswith("/v2/model-files/"):
+            status = ModelFileStatus.model_validate(body)
+            self._file_report(exchange, int(path.split("/")[3]), status)
         elif path.startswith("/v2/workers/"):
             self.statuses.append(WorkerStatus.model_validate(body))
             exchange.respond(204)
@@ -187,6 +240,28 @@ class ControlPlane:
             self._change("put", id)
         exchange.respond(204)
 
+    def _new_file(self, exchange: Exchange, report: ModelFileReport) -> None:
+        id = max(self.files, default=0) + 1
+        source = {name: getattr(report, name) for name in ModelSource.model_fields}
+        said = {name: getattr(report, name) for name in ModelFileStatus.model_fields}
+        self.files[id] = model_file(id, **source, **said)
+        self.file_reports.append((id, ModelFileStatus(**said)))
+        self._change("put", id, wire.MODEL_FILES)
+        exchange.respond(200, [], self.files[id].model_dump_json().encode())
+
+    def _file_report(self, exchange: Exchange, id: int, status: ModelFileStatus) -> None:
+        if id not in self.files:
+            _fail(exchange, 404)
+            return
+        self.file_reports.append((id, status))
+        if status.state is ModelFileState.GONE:
+            del self.files[id]
+            self._change("delete", id, wire.MODEL_FILES)
+        else:
+            self.files[id] = self.files[id].model_copy(update=status.model_dump())
+            self._change("put", id, wire.MODEL_FILES)
+        exchange.respond(204)
+
     async def _watch(self, exchange: Exchange) -> None:
         self.watches += 1
         number = self.watches
@@ -197,6 +272,8 @@ class ControlPlane:
         if since:
             sent = int(since[1])
         else:
+            for id in sorted(self.files):
+                await exchange.send(_line(self._event("put", id, wire.MODEL_FILES)))
             for id in sorted(self.instances):
                 await exchange.send(_line(self._event("put", id)))
         await exchange.send(_line({"type": "synced", "cursor": f"a.{sent}"}))
@@ -214,23 +291,23 @@ class ControlPlane:
             except TimeoutError:
                 await exchange.send(_line({"type": "heartbeat", "cursor": f"a.{sent}"}))
 
-    async def _tell(self, type: str, id: int) -> None:
-        self._change(type, id)
+    async def _tell(self, type: str, id: int, kind: str = wire.INSTANCES) -> None:
+        self._change(type, id, kind)
         async with self._news:
             self._news.notify_all()
 
-    def _change(self, type: str, id: int) -> None:
+    def _change(self, type: str, id: int, kind: str = wire.INSTANCES) -> None:
         self.revision += 1
-        self._changes.append({**self._event(type, id), "revision": self.revision})
+        self._changes.append({**self._event(type, id, kind), "revision": self.revision})
 
-    def _event(self, type: str, id: int) -> dict[str, Any]:
-        instance = self.instances.get(id)
+    def _event(self, type: str, id: int, kind: str = wire.INSTANCES) -> dict[str, Any]:
+        one = (self.files if kind == wire.MODEL_FILES else self.instances).get(id)
         return {
             "type": type,
-            "kind": wire.INSTANCES,
+            "kind": kind,
             "id": id,
             "cursor": f"a.{self.revision}",
-            "data": json.loads(instance.model_dump_json()) if instance else None,
+            "data": json.loads(one.model_dump_json()) if one else None,
         }
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from gpustack.forward.listener import Server
 from gpustack.forward.upstream import Pool
+from gpustack.gateway.cors import Policy, around
 from gpustack.gateway.counts import Counts
 from gpustack.gateway.delivery import Delivery
 from gpustack.gateway.front import Front
@@ -57,6 +58,7 @@ async def gateway(
     force_auth: bool = True,
     ready: bool = True,
     from_disk: bool = False,
+    cors: Policy | None = None,
     server_patience_s: float = 10.0,
 ) -> AsyncIterator[Gateway]:
     """A gateway with local worker 1. `ready`: wait until it has the server's tables."""
@@ -88,7 +90,7 @@ async def gateway(
         )
         lasting = [watch.follow(), watch.answer_refreshes(), disk.keep(watch, every_s=0.01)]
         tasks = [group.create_task(each) for each in lasting]
-        server = Server(Front(plane), sweep_s=0.05)
+        server = Server(around(Front(plane), cors), sweep_s=0.05)
         sock = listen("127.0.0.1", 0)
         port = sock.getsockname()[1]
         await server.listen(sock)

@@ -5,6 +5,7 @@ What it does is told by FAKE in its environment (`VersionSpec.env`), words separ
     exit=CODE        print last words and exit with CODE
     exit-if=PATH     the same while PATH exists
     deaf-if=PATH     answer 503 while PATH exists
+    busy-if=PATH     its metrics tell of a request while PATH exists; each look at them is logged
     delay=SECONDS    wait before listening
     stubborn         it and a child of it ignore SIGTERM; the child's pid is in the log
     say=TEXT         print TEXT first
@@ -56,7 +57,13 @@ while True:
     status = "200 OK"
     if f"authorization: bearer {secret}".encode() not in head.lower(): status = "401 No"
     elif "deaf-if" in told and os.path.exists(told["deaf-if"]): status = "503 Busy"
-    peer.sendall(f"HTTP/1.1 {status}\\r\\ncontent-length: 0\\r\\n\\r\\n".encode())
+    body = ""
+    if head.startswith(b"GET /metrics "):
+        say("metrics")
+        busy = "busy-if" in told and os.path.exists(told["busy-if"])
+        body = f"# gauge\\nllamacpp:requests_processing {busy:d}\\n"
+    answer = f"HTTP/1.1 {status}\\r\\ncontent-length: {len(body)}\\r\\n\\r\\n{body}"
+    peer.sendall(answer.encode())
     peer.close()
 """
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import ssl
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,6 +10,8 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
+
+from tests.support.certificate import Issued
 
 PAGE = 2
 
@@ -126,12 +129,18 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def fake_hub() -> Iterator[FakeHub]:
+def fake_hub(certificate: Issued | None = None) -> Iterator[FakeHub]:
+    """A Hub; with a certificate it speaks HTTPS, as localhost."""
     hub = FakeHub()
     handler = type("Handler", (_Handler,), {"hub": hub})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     server.daemon_threads = True
     hub.url = f"http://127.0.0.1:{server.server_port}"
+    if certificate is not None:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(certificate.certfile, certificate.keyfile)
+        server.socket = context.wrap_socket(server.socket, server_side=True)
+        hub.url = f"https://localhost:{server.server_port}"
     thread = threading.Thread(target=server.serve_forever, args=(0.02,))
     thread.start()
     try:

@@ -2,9 +2,7 @@
 
 import json
 import os
-import random
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,30 +13,10 @@ import httpx
 
 from gpustack.lib.platform import live_pids, process_environment
 from tests.support.hosts import Host
+from tests.support.ports import free_ports
 from tests.support.wait import soon
 
-#: Below the ephemeral range, where the kernel hands out ports to whoever connects.
-PORTS = range(20000, 32000)
 ENGINE_PORTS = 16
-
-
-def free_ports(count: int) -> int:
-    """The first of `count` neighbouring ports that nobody listens on."""
-    for _ in range(200):
-        first = random.randrange(PORTS.start, PORTS.stop - count)
-        if all(_is_free(port) for port in range(first, first + count)):
-            return first
-    raise AssertionError("no free ports")
-
-
-def _is_free(port: int) -> bool:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("0.0.0.0", port))
-        except OSError:
-            return False
-        return True
 
 
 class Node:
@@ -48,6 +26,11 @@ class Node:
         data_dir: kept between starts of the same node.
         server: the node to join; None makes this one a server.
         host: where it runs; None: on this machine itself.
+
+    Attributes:
+        starter: a command that becomes the launcher, in the same process.
+        environment: variables of the launcher, beside those of the tests.
+        fds: descriptors that it inherits.
     """
 
     def __init__(
@@ -59,23 +42,30 @@ class Node:
     ) -> None:
         self.data_dir = data_dir
         self.host = host
-        first = free_ports(3 + ENGINE_PORTS)
-        self.port, self.api_port, self.worker_port = first, first + 1, first + 2
-        self.engine_ports = (first + 3, first + 2 + ENGINE_PORTS)
+        first = free_ports(6 + ENGINE_PORTS)
+        self.port, self.api_port, self.worker_port, self.tls_port = range(first, first + 4)
+        self.metrics_port, self.worker_metrics_port = first + 4, first + 5
+        self.engine_ports = (first + 6, first + 5 + ENGINE_PORTS)
         self.log = data_dir.with_suffix(".log")
         self.arguments = [
             "--data-dir", str(data_dir),
             "--worker-port", str(self.worker_port),
+            "--worker-metrics-port", str(self.worker_metrics_port),
             "--service-port-range", f"{self.engine_ports[0]}-{self.engine_ports[1]}",
             "--system-reserved", '{"ram": 0, "vram": 0}',
         ]  # fmt: skip
         if server is None:
             self.arguments += ["--port", str(self.port), "--api-port", str(self.api_port)]
+            self.arguments += ["--tls-port", str(self.tls_port)]
+            self.arguments += ["--metrics-port", str(self.metrics_port)]
         else:
             token = (server.data_dir / "token").read_text().strip()
             self.arguments += ["--server-url", server.url, "--token", token]
             self.arguments += ["--worker-name", data_dir.name]
         self.arguments += options
+        self.starter: list[str] = []
+        self.environment: dict[str, str] = {}
+        self.fds: tuple[int, ...] = ()
         self.process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -89,14 +79,16 @@ class Node:
 
     def start(self, *, wait: bool = True) -> "Node":
         with self.log.open("ab") as log:
-            place = self.host.command if self.host else []
+            place = [*(self.host.command if self.host else []), *self.starter]
+            clean = {k: v for k, v in os.environ.items() if not k.startswith("GPUSTACK_")}
             self.process = subprocess.Popen(
                 [*place, sys.executable, "-m", "gpustack", "start", *self.arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
-                env={k: v for k, v in os.environ.items() if not k.startswith("GPUSTACK_")},
+                env=clean | self.environment,
+                pass_fds=self.fds,
             )
         if wait:
             soon(self.ready, f"the node is ready\n{self.log.read_text()}", within_s=30)

@@ -1,8 +1,6 @@
 """A worker machine of a test: one data directory, and agents that act for it one by one."""
 
 import asyncio
-import itertools
-import os
 import socket
 import sys
 from collections.abc import AsyncIterator, Callable
@@ -13,8 +11,7 @@ from typing import Any
 from gpustack.config import load
 from gpustack.config.options import Settings
 from gpustack.lib import platform
-from gpustack.lib.net import can_bind
-from gpustack.lib.role import Boot, Leave
+from gpustack.lib.role import Boot, Leave, Reload
 from gpustack.schemas.models import VersionSpec
 from gpustack.worker import agent
 from gpustack.worker.reconcile import Policy
@@ -39,6 +36,7 @@ class Node:
         self.plane = plane
         self.data_dir = folder / "node"
         self.api_port = port
+        self.reload: Reload = lambda _: None
         fake_engine.install(self.data_dir / "bin")
         self.flags: dict[str, Any] = {
             "data_dir": str(self.data_dir),
@@ -51,7 +49,7 @@ class Node:
 
     @property
     def settings(self) -> Settings:
-        return load.load(self.flags, {})
+        return load.load(self.flags, {}).settings
 
     def spec(self, fake: str = "", **more: object) -> VersionSpec:
         return fake_engine.spec(self.folder, fake, **more)
@@ -81,7 +79,8 @@ class Node:
         """An agent in this process, until the context ends; then it leaves for that reason."""
         over = asyncio.Event()
 
-        async def told() -> Leave:
+        async def told(reload: Reload) -> Leave:
+            self.reload = reload
             await over.wait()
             return leave
 
@@ -92,7 +91,7 @@ class Node:
                     server_url=self.plane.url,
                     join_token=JOIN_TOKEN,
                     leave=told,
-                    listener=listener,
+                    sockets={} if listener is None else {"agent": listener},
                     policy=policy,
                     limits=limits,
                     rhythm=rhythm,
@@ -146,16 +145,6 @@ class AgentProcess:
         assert self._process.stdin
         self._process.stdin.close()
         return await self._process.wait()
-
-
-#: Ports per block: one to listen on, the rest for engines.
-BLOCK = 20
-_blocks = itertools.cycle(range(20000 + os.getpid() % 50 * 160, 28000, BLOCK))
-
-
-def free_port() -> int:
-    """The first of a block of ports below the ephemeral range that nothing listens on."""
-    return next(p for p in _blocks if all(can_bind("127.0.0.1", p + i) for i in range(BLOCK)))
 
 
 async def eventually(true: Callable[[], Any], *, limit_s: float = 5.0) -> None:

@@ -12,7 +12,8 @@ from gpustack.lib.role import Leave
 from gpustack.schemas.instances import InstanceState
 from gpustack.worker.supervisor.records import HOME_VARIABLE, UID_VARIABLE, Records
 from tests.support.control_plane import ControlPlane, assigned, listening
-from tests.support.worker_node import Node, eventually, free_port
+from tests.support.ports import free_ports
+from tests.support.worker_node import Node, eventually
 
 RUNNING, GONE = InstanceState.RUNNING, InstanceState.GONE
 
@@ -248,8 +249,8 @@ async def test_with_the_server_away_the_agent_acts_on_what_it_heard_last(node: N
 
 
 async def test_a_server_that_comes_back_hears_where_things_stand(tmp_path: Path) -> None:
-    plane = ControlPlane(free_port())
-    port = free_port()
+    plane = ControlPlane(free_ports(1))
+    port = free_ports(11)
     node = Node(tmp_path, plane, port, port + 1)
     async with node.agent():
         async with listening(plane):

@@ -1,4 +1,5 @@
 import asyncio
+import logging
 import os
 import resource
 import socket
@@ -48,7 +49,7 @@ async def test_without_the_workers_secret_only_health_is_answered(tmp_path: Path
     async with served(tmp_path, SECRET) as url, httpx.AsyncClient(trust_env=False) as client:
         assert (await client.get(f"{url}/healthz")).status_code == 200
         for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": SECRET}):
-            for path in ("/v2/logs/7", "/v2/logs/8", "/anything", "/healthz/"):
+            for path in ("/v2/logs/7", "/v2/logs/8", "/debug/log_level", "/anything", "/healthz/"):
                 answer = await client.get(f"{url}{path}", headers=headers)
                 assert (answer.status_code, answer.json()["code"]) == (401, Unauthorized.code)
         assert (await client.post(f"{url}/healthz")).status_code == 401
@@ -64,7 +65,8 @@ async def test_before_this_worker_registered_no_secret_is_right(tmp_path: Path) 
 def test_only_health_is_public() -> None:
     assert [route.pattern for route in ROUTES if route.public] == ["/healthz"]
     assert all(
-        route.match(route.method, route.pattern.format(instance_id=7)) for route in ROUTES[1:]
+        route.match(route.method, route.pattern.format(instance_id=7)) is not None
+        for route in ROUTES
     )
 
 
@@ -110,6 +112,19 @@ async def test_what_there_is_not_and_what_makes_no_sense_is_said(
         assert (answer.status_code, answer.json()["code"]) == (400, "bad_request")
     assert (await client.get("/v2/logs/../logs/7x")).status_code == 404
     assert (await client.delete("/v2/logs/7")).status_code == 404
+
+
+async def test_the_agents_log_level_is_read_and_changed_by_name(client: httpx.AsyncClient) -> None:
+    before = logging.getLogger().level
+    try:
+        answer = await client.put("/debug/log_level", content='"error"')
+        assert (answer.status_code, answer.text) == (200, "ERROR")
+        assert logging.getLogger().level == logging.ERROR
+        refused = await client.put("/debug/log_level", content="LOUD")
+        assert (refused.status_code, "DEBUG, INFO" in refused.json()["message"]) == (400, True)
+        assert (await client.get("/debug/log_level")).text == "ERROR"
+    finally:
+        logging.getLogger().setLevel(before)
 
 
 async def test_the_previous_run_has_its_own_log(client: httpx.AsyncClient, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ import pytest
 from demo import tiny_gguf
 from gpustack.worker import llama_server
 from gpustack.worker.llama_options import OPTIONS, Refused, build, parsed
-from tests.support.worker_node import free_port
+from tests.support.ports import free_ports
 
 KEY = "only-the-gateway-knows"
 
@@ -47,7 +47,7 @@ def argv(model: Path, *options: str) -> list[str]:
 @contextmanager
 def engine(folder: Path, model: Path, *options: str) -> Iterator[Engine]:
     """A running engine that is ready. Killed at the end if it still runs."""
-    port = free_port()
+    port = free_ports(1)
     keys = folder / "key"
     keys.write_text(f"{KEY}\n")
     log = folder / "engine.log"
@@ -207,7 +207,7 @@ def test_a_broken_model_ends_with_llama_cpps_own_reason(
     tmp_path: Path, models: dict[str, Path]
 ) -> None:
     (tmp_path / "engine.log").write_text("0.00.003.711 E an error of an earlier life\n")
-    command = argv(models["broken"], "--port", str(free_port()))
+    command = argv(models["broken"], "--port", str(free_ports(1)))
     status, sentence = outcome(tmp_path, *command)
     assert status == 1
     assert sentence.startswith(f"error: cannot serve {models['broken']}: ")
@@ -216,7 +216,7 @@ def test_a_broken_model_ends_with_llama_cpps_own_reason(
 
 def test_a_missing_model_is_named(tmp_path: Path) -> None:
     missing = tmp_path / "none.gguf"
-    status, sentence = outcome(tmp_path, *argv(missing, "--port", str(free_port())))
+    status, sentence = outcome(tmp_path, *argv(missing, "--port", str(free_ports(1))))
     assert status == 1
     assert "No such file or directory" in sentence
     assert str(missing) in sentence

@@ -6,7 +6,7 @@ import pytest
 
 from gpustack.errors import Unavailable
 from gpustack.lib.secrets import Secret
-from gpustack.schemas.models import Source, VersionSpec
+from gpustack.schemas.models import ModelSource, Source, VersionSpec
 from gpustack.worker.model_files import ModelFiles
 from gpustack.worker.reconcile import Failure, Trouble
 
@@ -26,7 +26,7 @@ class Hub:
 
     async def fetch(
         self,
-        spec: VersionSpec,
+        spec: ModelSource,
         cache_dir: Path,
         *,
         token: Secret | None,

@@ -5,11 +5,11 @@ import pytest
 from gpustack.config.options import PortRange
 from gpustack.errors import Unavailable
 from gpustack.worker.ports import PortLeases
-from tests.support.worker_node import free_port
+from tests.support.ports import free_ports
 
 
 def leases(count: int) -> PortLeases:
-    first = free_port()
+    first = free_ports(count)
     return PortLeases(PortRange(first, first + count - 1))
 
 
@@ -31,7 +31,7 @@ def test_a_port_rests_before_it_is_used_again() -> None:
 
 
 def test_a_port_that_something_listens_on_is_not_leased() -> None:
-    first = free_port()
+    first = free_ports(2)
     pool = PortLeases(PortRange(first, first + 1))
     with socket.create_server(("127.0.0.1", first)):
         assert pool.lease() == first + 1
@@ -41,14 +41,14 @@ def test_a_port_that_something_listens_on_is_not_leased() -> None:
 
 
 def test_a_port_that_something_listens_on_everywhere_is_not_leased() -> None:
-    first = free_port()
+    first = free_ports(2)
     pool = PortLeases(PortRange(first, first + 1))
     with socket.create_server(("0.0.0.0", first)):
         assert pool.lease() == first + 1
 
 
 def test_the_port_of_an_adopted_engine_is_held() -> None:
-    first = free_port()
+    first = free_ports(2)
     pool = PortLeases(PortRange(first, first + 1))
     pool.hold(first)
     assert pool.lease() == first + 1

@@ -96,6 +96,8 @@ def test_an_engine_that_is_ended_because_it_failed_is_in_error_at_once() -> None
 def test_a_deleted_instance_is_stopped_first_and_gone_then() -> None:
     one = instance(deleting=True, generation=2)
     assert decide(world(one, engines={1: Observed(Phase.RUNNING)})).actions == [Stop(1)]
+    drained = instance(deleting=True, drain=True)
+    assert decide(world(drained, engines={1: Observed(Phase.RUNNING)})).actions == [Stop(1, True)]
     (report,) = decide(world(one, stopped={1})).actions
     assert isinstance(report, Report)
     assert report.status.state is InstanceState.GONE

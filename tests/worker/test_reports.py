@@ -5,7 +5,7 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from gpustack.client import Client
+from gpustack.client.agents import AgentClient
 from gpustack.errors import Unauthorized
 from gpustack.schemas.instances import InstanceState, InstanceStatus, can_move
 from gpustack.schemas.models import Source, VersionSpec
@@ -31,7 +31,7 @@ class Told:
 
 @asynccontextmanager
 async def sending(told: Told, plane: ControlPlane) -> AsyncIterator[None]:
-    async with Client(plane.url, plane.credential) as client, asyncio.TaskGroup() as group:
+    async with AgentClient(plane.url, plane.credential) as client, asyncio.TaskGroup() as group:
         task = group.create_task(told.reports.send(client, first_s=0.01, limit_s=0.05))
         yield
         task.cancel()
@@ -153,6 +153,6 @@ async def test_an_echo_of_an_earlier_report_changes_nothing(plane: ControlPlane)
 async def test_a_credential_that_is_not_known_ends_the_talk(plane: ControlPlane) -> None:
     told = Told()
     told.put(1, STATE.RUNNING)
-    async with Client(plane.url, "nobody's") as client:
+    async with AgentClient(plane.url, "nobody's") as client:
         with pytest.raises(Unauthorized):
             await told.reports.send(client)

@@ -33,6 +33,25 @@ async def test_a_new_worker_registers_once_and_then_shows_its_own_credential(
     }
 
 
+async def test_new_labels_and_reservations_are_told_by_the_same_run(
+    node: Node, plane: ControlPlane
+) -> None:
+    async with node.agent():
+        await plane.until(lambda: plane.heartbeats)
+        (registration,) = plane.registrations
+        plane.refuse["PUT /v2/workers/1/registration"] = 503
+        node.reload({"worker_labels": ["rack=7"], "system_reserved": {"ram": 3, "vram": 0.5}})
+        await plane.until(lambda: plane.refused)
+        del plane.refuse["PUT /v2/workers/1/registration"]
+        await plane.until(lambda: plane.announcements)
+    told = plane.announcements[-1]
+    assert told.labels["rack"] == "7"
+    assert set(told.labels) == {"os", "arch", "rack"}
+    assert told.system_reserved_ram_bytes == 3 * 1024**3
+    assert told.system_reserved_vram_bytes == 1024**3 // 2
+    assert told.run_id == registration.run_id
+
+
 async def test_heartbeats_carry_machine_boot_and_the_run_that_was_announced(
     node: Node, plane: ControlPlane
 ) -> None:

@@ -2,13 +2,13 @@
 
 import secrets
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 from fastapi import APIRouter, Response
-from sqlalchemy import func
-from sqlmodel import col, select
 
-from gpustack.errors import NotFound
+from gpustack.errors import BadRequest, NotFound, raises
 from gpustack.lib.secrets import digest
+from gpustack.schemas import wire
 from gpustack.schemas.base import Page
 from gpustack.schemas.credentials import (
     ApiKey,
@@ -18,31 +18,33 @@ from gpustack.schemas.credentials import (
     CredentialKind,
     Scope,
 )
-from gpustack.server.api.context import Db, Id, PageNumber, PerPage, pagination
+from gpustack.server.api.context import Changes, Db, Id
+from gpustack.server.api.lists import Asked, WatchQuery, listed
+from gpustack.server.api.repeated import Repeated
+from gpustack.server.api.streams import WATCHED
 from gpustack.server.auth.principals import AnyUser, Principal
-from gpustack.server.db.database import ReadSession
+from gpustack.server.db.database import ReadSession, find
 from gpustack.server.db.tables import Credential
+from gpustack.server.db.users import who_asks
 
-router = APIRouter(prefix="/v2/api-keys", tags=["api-keys"])
+router = APIRouter(prefix="/v2/api-keys", tags=["api-keys"], route_class=Repeated)
 
 
-@router.get("")
-async def list_keys(
-    db: Db, user: AnyUser, page: PageNumber = 1, perPage: PerPage = 100
-) -> Page[ApiKey]:
-    where = (Credential.kind == CredentialKind.KEY, Credential.user_id == user.user_id)
-    async with db.read() as session:
-        total = (await session.exec(select(func.count(col(Credential.id))).where(*where))).one()
-        query = select(Credential).where(*where).order_by(col(Credential.id))
-        rows = (await session.exec(query.offset((page - 1) * perPage).limit(perPage))).all()
-    return Page(
-        items=[ApiKey.model_validate(row, from_attributes=True) for row in rows],
-        pagination=pagination(page, perPage, total),
-    )
+class KeyQuery(WatchQuery):
+    TABLE, KIND = Credential, wire.API_KEYS
+    SORTED = ("name", "created_at", "expires_at")
+
+    name: str | None = None
+
+
+@router.get("", response_model=Page[ApiKey], responses=WATCHED)
+@raises(BadRequest)
+async def list_api_keys(db: Db, feed: Changes, user: AnyUser, query: Asked[KeyQuery]) -> Any:
+    return await listed(db, feed, user, query)
 
 
 @router.post("", status_code=201)
-async def create_key(db: Db, user: AnyUser, wanted: ApiKeyCreate) -> ApiKeyCreated:
+async def create_api_key(db: Db, user: AnyUser, wanted: ApiKeyCreate) -> ApiKeyCreated:
     """Make a key. Its value is in this answer and nowhere else."""
     access, secret = secrets.token_hex(8), secrets.token_hex(16)
     value = f"gpustack_{access}_{secret}"
@@ -59,18 +61,19 @@ async def create_key(db: Db, user: AnyUser, wanted: ApiKeyCreate) -> ApiKeyCreat
         ),
     )
     async with db.write() as session:
+        await who_asks(session, user.user_id)
         session.add(row)
     return ApiKeyCreated.model_validate(row.model_dump() | {"value": value})
 
 
 @router.get("/{key_id}")
-async def get_key(db: Db, user: AnyUser, key_id: Id) -> ApiKey:
+async def get_api_key(db: Db, user: AnyUser, key_id: Id) -> ApiKey:
     async with db.read() as session:
         return ApiKey.model_validate(await _own(session, user, key_id), from_attributes=True)
 
 
 @router.put("/{key_id}")
-async def update_key(db: Db, user: AnyUser, key_id: Id, wanted: ApiKeyUpdate) -> ApiKey:
+async def update_api_key(db: Db, user: AnyUser, key_id: Id, wanted: ApiKeyUpdate) -> ApiKey:
     """Change what a key is called. Its value and its end stay."""
     async with db.write() as session:
         row = await _own(session, user, key_id)
@@ -79,7 +82,7 @@ async def update_key(db: Db, user: AnyUser, key_id: Id, wanted: ApiKeyUpdate) ->
 
 
 @router.delete("/{key_id}", status_code=204)
-async def delete_key(db: Db, user: AnyUser, key_id: Id) -> Response:
+async def delete_api_key(db: Db, user: AnyUser, key_id: Id) -> Response:
     """End a key, everywhere."""
     async with db.write() as session:
         await session.delete(await _own(session, user, key_id))
@@ -88,7 +91,7 @@ async def delete_key(db: Db, user: AnyUser, key_id: Id) -> Response:
 
 async def _own(session: ReadSession, user: Principal, key_id: int) -> Credential:
     """The key, if it is the user's; another's is as good as none."""
-    row = await session.get(Credential, key_id)
+    row = await find(session, Credential, key_id)
     if row is None or row.kind != CredentialKind.KEY or row.user_id != user.user_id:
         raise NotFound(f"you have no API key with id {key_id}")
     return row

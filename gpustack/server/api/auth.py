@@ -1,25 +1,27 @@
 """Ways in: log in, log out, change the password."""
 
 from datetime import UTC, datetime
-from typing import Annotated
+from typing import Annotated, Any
 from urllib.parse import parse_qs
 
 from fastapi import APIRouter, Header, Request, Response
 from pydantic import BaseModel
 from sqlmodel import select
 
-from gpustack.errors import BadRequest, Invalid, Unauthorized
+from gpustack.errors import BadRequest, Invalid, TooLarge, TooMany, Unauthorized, raises
 from gpustack.lib.secrets import digest, new_secret
 from gpustack.schemas import wire
 from gpustack.schemas.credentials import CredentialKind, Scope
 from gpustack.schemas.users import PasswordUpdate
-from gpustack.server.api.context import Db
+from gpustack.server.api.context import Db, raw_body
+from gpustack.server.api.repeated import Repeated
 from gpustack.server.auth import passwords
 from gpustack.server.auth.principals import SESSION_LIFE, LoggedIn
-from gpustack.server.db.database import touch
+from gpustack.server.db.database import find
 from gpustack.server.db.tables import Credential, User
+from gpustack.server.db.users import set_password, who_asks
 
-router = APIRouter(prefix="/auth", tags=["auth"])
+router = APIRouter(prefix="/auth", tags=["auth"], route_class=Repeated)
 
 LOGIN_BODY_LIMIT = 8192
 
@@ -29,9 +31,28 @@ class LoginForm(BaseModel):
     password: str
 
 
-@router.post("/login", status_code=204)
+_FIELDS = {
+    "type": "object",
+    "properties": {"username": {"type": "string"}, "password": {"type": "string"}},
+    "required": ["username", "password"],
+}
+_FORM: dict[str, Any] = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            kind: {"schema": _FIELDS}
+            for kind in ("application/json", "application/x-www-form-urlencoded")
+        },
+    }
+}
+
+
+@router.post("/login", status_code=204, openapi_extra=_FORM)
+@raises(BadRequest, Unauthorized, TooLarge, TooMany)
 async def login(
-    request: Request, db: Db, scheme: Annotated[str, Header(alias=wire.SCHEME_HEADER)] = "http"
+    request: Request,
+    db: Db,
+    scheme: Annotated[str, Header(alias=wire.SCHEME_HEADER, include_in_schema=False)] = "http",
 ) -> Response:
     """Open a session. Body: a form or JSON with username and password."""
     form = await _form(request)
@@ -39,10 +60,14 @@ async def login(
         user = (
             await session.exec(select(User).where(User.username == form.username))
         ).one_or_none()
+    wrong = Unauthorized("the user name or the password is wrong")
     if not await passwords.matches(form.password, user.password_hash if user else None) or not user:
-        raise Unauthorized("the user name or the password is wrong")
+        raise wrong
     secret = new_secret() + new_secret()
     async with db.write() as session:
+        now = await find(session, User, user.id)
+        if now is None or now.password_hash != user.password_hash:  # changed while it was compared
+            raise wrong
         session.add(
             Credential(
                 kind=CredentialKind.SESSION,
@@ -69,7 +94,7 @@ async def logout(db: Db, user: LoggedIn) -> Response:
     """End the session that asks, on the server too."""
     if user.kind is CredentialKind.SESSION:
         async with db.write() as session:
-            row = await session.get(Credential, user.credential_id)
+            row = await find(session, Credential, user.credential_id)
             if row is not None:
                 await session.delete(row)
     response = Response(status_code=204)
@@ -78,10 +103,11 @@ async def logout(db: Db, user: LoggedIn) -> Response:
 
 
 @router.post("/update-password", status_code=204)
+@raises(TooMany)
 async def update_password(db: Db, user: LoggedIn, change: PasswordUpdate) -> Response:
     """Change the own password. Every other session of the user ends."""
     async with db.read() as session:
-        row = await session.get_one(User, user.user_id)
+        row = await who_asks(session, user.user_id)
     if not await passwords.matches(change.current_password, row.password_hash):
         raise Unauthorized("the current password is wrong")
     passwords.check_policy(change.new_password)
@@ -89,27 +115,13 @@ async def update_password(db: Db, user: LoggedIn, change: PasswordUpdate) -> Res
         raise Invalid("the new password is the current one: choose another")
     hashed = await passwords.hash_password(change.new_password)
     async with db.write() as session:
-        row = await session.get_one(User, user.user_id)
-        row.password_hash = hashed
-        row.require_password_change = False
-        where = (
-            Credential.user_id == user.user_id,
-            Credential.kind == CredentialKind.SESSION,
-        )
-        for one in (await session.exec(select(Credential).where(*where))).all():
-            if one.id == user.credential_id:
-                touch(session, one)
-            else:
-                await session.delete(one)
+        row = await who_asks(session, user.user_id)
+        await set_password(session, row, hashed, must_change=False, keep=user.credential_id)
     return Response(status_code=204)
 
 
 async def _form(request: Request) -> LoginForm:
-    raw = b""
-    async for chunk in request.stream():
-        raw += chunk
-        if len(raw) > LOGIN_BODY_LIMIT:
-            raise BadRequest("this login is too long")
+    raw = await raw_body(request, LOGIN_BODY_LIMIT)
     try:
         if request.headers.get("content-type", "").startswith("application/json"):
             return LoginForm.model_validate_json(raw)

@@ -8,14 +8,16 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 
 from gpustack.errors import GPUStackError, Unavailable
+from gpustack.schemas.errors import Error
 
 logger = logging.getLogger(__name__)
 
 
 def body(code: str, message: str, detail: Any = None) -> dict[str, Any]:
-    return {"code": code, "message": message, "detail": detail or {}}
+    return Error(code=code, message=message, detail=detail or {}).model_dump()
 
 
 def install(app: FastAPI) -> None:
@@ -36,13 +38,24 @@ def install(app: FastAPI) -> None:
     async def _(request: Request, error: HTTPException) -> JSONResponse:
         phrase = HTTPStatus(error.status_code).phrase
         message = f"{request.method} {request.url.path}: {phrase.lower()}"
+        if error.status_code == HTTPStatus.BAD_REQUEST:  # FastAPI says so of bytes that are no text
+            message = "the body cannot be read: want JSON in UTF-8"
+        headers = error.headers
+        if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
+            headers = {"Allow": ", ".join(sorted(_methods(request)))}
         code = phrase.lower().replace(" ", "_")
-        return JSONResponse(body(code, message), error.status_code, error.headers)
+        return JSONResponse(body(code, message), error.status_code, headers)
 
     @app.exception_handler(Exception)
     async def _(request: Request, error: Exception) -> JSONResponse:
         message = "the server failed on this request; its log says why"
         return JSONResponse(body("internal_error", message), HTTPStatus.INTERNAL_SERVER_ERROR)
+
+
+def _methods(request: Request) -> set[str]:
+    """Those that the path of a request takes; the framework names its first route's alone."""
+    routes = [one for one in request.app.routes if one.matches(request.scope)[0] is not Match.NONE]
+    return {method for route in routes for method in route.methods}
 
 
 def sentence(error: RequestValidationError) -> str:
@@ -54,7 +67,7 @@ def sentence(error: RequestValidationError) -> str:
         )
         why = str(found["msg"]).removeprefix("Value error, ")
         if found["type"] == "extra_forbidden":
-            why = "unknown field"
+            why = "unknown parameter" if found["loc"][0] == "query" else "unknown field"
         if found["type"] == "string_pattern_mismatch" and place == "name":
             why = "want 1 to 128 of A-Z a-z 0-9 . _ : / -"
         parts.append(f"{place}: {why}" if place else why)

@@ -6,67 +6,69 @@ from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, Response
 from fastapi.responses import StreamingResponse
-from sqlmodel import col
 
-from gpustack.errors import Conflict, Forbidden, NotFound, Unavailable
-from gpustack.lib.net import url_host
+from gpustack.errors import BadRequest, Conflict, Forbidden, NotFound, Unavailable, raises
 from gpustack.schemas import wire
 from gpustack.schemas.base import Page
 from gpustack.schemas.instances import Instance, InstanceState, InstanceStatus, can_move
-from gpustack.server.api.context import Changes, Db, Id, IdFilter, PageNumber, PerPage
-from gpustack.server.api.lists import page_of, watch_of
-from gpustack.server.auth.principals import Admin, AnyUser, Watcher, WorkerAgent
+from gpustack.server.api.agents import asked
+from gpustack.server.api.context import Changes, Db, Id
+from gpustack.server.api.lists import Asked, IdFilter, WatchQuery, listed
+from gpustack.server.api.repeated import Repeated
+from gpustack.server.api.streams import WATCHED
+from gpustack.server.auth.principals import Admin, Watcher, WorkerAgent
 from gpustack.server.db import tables
 from gpustack.server.db.database import Database, get, touch
 from gpustack.server.db.instances import begin_end, remove
-from gpustack.server.views import USER, load
+from gpustack.server.db.states import instance_state
+from gpustack.server.views import USER, load_ids
 
 if TYPE_CHECKING:
     import httpx
 
-router = APIRouter(prefix="/v2/model-instances", tags=["model-instances"])
-
-CONNECT_TIMEOUT_S = 10.0
+router = APIRouter(prefix="/v2/model-instances", tags=["model-instances"], route_class=Repeated)
 
 
-@router.get("", response_model=Page[Instance])
+class InstanceQuery(WatchQuery):
+    TABLE, KIND = tables.Instance, wire.INSTANCES
+    COLUMNS = {"state": instance_state()}
+    SORTED = ("name", "state", "restart_count", "created_at", "updated_at")
+
+    id: IdFilter = None
+    model_id: IdFilter = None
+    worker_id: IdFilter = None
+    state: list[InstanceState] = []
+
+
+@router.get("", response_model=Page[Instance], responses=WATCHED)
+@raises(BadRequest)
 async def list_instances(
-    db: Db,
-    feed: Changes,
-    watcher: Watcher,
-    page: PageNumber = 1,
-    perPage: PerPage = 100,
-    model_id: IdFilter = None,
-    worker_id: IdFilter = None,
-    watch: bool = False,
-    since: str | None = None,
+    db: Db, feed: Changes, watcher: Watcher, query: Asked[InstanceQuery]
 ) -> Any:
-    if watch:
-        return watch_of(feed, frozenset({wire.INSTANCES}), watcher, since)
-    table = tables.Instance
-    wanted = {"model_id": model_id, "worker_id": worker_id}
-    where = [col(getattr(table, k)) == v for k, v in wanted.items() if v is not None]
-    return await page_of(db, wire.INSTANCES, watcher, page, perPage, *where)
+    return await listed(db, feed, watcher, query)
 
 
 @router.get("/{instance_id}")
-async def get_instance(db: Db, user: AnyUser, instance_id: Id) -> Instance:
+async def get_instance(db: Db, admin: Admin, instance_id: Id) -> Instance:
     async with db.read() as session:
         await get(session, tables.Instance, instance_id)
-        (found,) = await load(session, wire.INSTANCES, [instance_id])
+        (found,) = await load_ids(session, wire.INSTANCES, [instance_id])
     return Instance.model_validate(found.view(USER), from_attributes=True)
 
 
-@router.delete("/{instance_id}", status_code=202)
+@router.delete("/{instance_id}", status_code=202, response_class=Response)
 async def delete_instance(db: Db, admin: Admin, instance_id: Id) -> Response:
     """Stop this copy. Its model gets a new one while its replicas ask for one."""
     async with db.write() as session:
         row = await get(session, tables.Instance, instance_id)
-        begin_end(session, row, await get(session, tables.Model, row.model_id))
+        if row.worker_id is None:  # nobody has anything of it
+            await remove(session, row)
+        else:
+            begin_end(session, row, await get(session, tables.Model, row.model_id))
     return Response(status_code=202)
 
 
-@router.post("/{instance_id}/retry", status_code=202)
+@router.post("/{instance_id}/retry", status_code=202, response_class=Response)
 async def retry_instance(db: Db, admin: Admin, instance_id: Id) -> Response:
     """Start a failed instance again now, without waiting for its back-off."""
     async with db.write() as session:
@@ -76,7 +78,10 @@ async def retry_instance(db: Db, admin: Admin, instance_id: Id) -> Response:
 
 
 @router.put("/{instance_id}/status", status_code=204)
-async def report(db: Db, worker: WorkerAgent, instance_id: Id, status: InstanceStatus) -> Response:
+@raises(Conflict)
+async def report_instance(
+    db: Db, worker: WorkerAgent, instance_id: Id, status: InstanceStatus
+) -> Response:
     """What the instance's worker says. `gone` ends the row: its memory and name are free."""
     async with db.write() as session:
         row = await get(session, tables.Instance, instance_id)
@@ -90,8 +95,9 @@ async def report(db: Db, worker: WorkerAgent, instance_id: Id, status: InstanceS
         if status.state is InstanceState.GONE:
             await remove(session, row)
         else:
-            if InstanceState.RUNNING in {old, status.state} and old is not status.state:
-                # its ready_replicas changed
+            failed = status.state is InstanceState.ERROR
+            if old is not status.state or (failed and row.state_message != status.state_message):
+                # it shows how its instances are
                 touch(session, await get(session, tables.Model, row.model_id))
             changes = status.model_dump(exclude={"state"}) | {"reported_state": status.state}
             for name, value in changes.items():
@@ -100,8 +106,13 @@ async def report(db: Db, worker: WorkerAgent, instance_id: Id, status: InstanceS
     return Response(status_code=204)
 
 
-@router.get("/{instance_id}/logs")
-async def logs(
+@router.get(
+    "/{instance_id}/logs",
+    response_class=StreamingResponse,
+    responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
+)
+@raises(Unavailable)
+async def read_instance_logs(
     db: Db, admin: Admin, instance_id: Id, tail: int = 1000, follow: bool = False,
     previous: bool = False,
 ) -> StreamingResponse:  # fmt: skip
@@ -109,42 +120,10 @@ async def logs(
     worker = await _worker_of(db, instance_id)
     query = {"tail": str(tail), "follow": str(follow).lower(), "previous": str(previous).lower()}
     stack = AsyncExitStack()
-    try:
-        answer = await _ask(stack, worker, f"/v2/logs/{instance_id}", query)
-    except BaseException:
-        await stack.aclose()
-        raise
-    return StreamingResponse(_bytes(stack, answer), media_type="text/plain; charset=utf-8")
-
-
-async def _ask(
-    stack: AsyncExitStack, worker: tables.Worker, path: str, query: dict[str, str]
-) -> "httpx.Response":
-    """An answer of a worker's API whose body is still to come; `stack` closes it.
-
-    Raises:
-        NotFound: the worker has no such thing.
-        Unavailable: it cannot be reached, or does not answer as it should.
-    """
-    import httpx  # rarely needed, and it would make every start slower
-
     # A followed log may be silent for hours.
-    timeout = httpx.Timeout(CONNECT_TIMEOUT_S, read=None)
-    client = await stack.enter_async_context(httpx.AsyncClient(timeout=timeout, trust_env=False))
-    url = f"http://{url_host(worker.address)}:{worker.port}{path}"
-    headers = {"Authorization": f"Bearer {worker.agent_secret}"}
-    try:
-        answer = await stack.enter_async_context(
-            client.stream("GET", url, params=query, headers=headers)
-        )
-        if answer.status_code == httpx.codes.OK:
-            return answer
-        text = (await answer.aread()).decode(errors="replace")[:200]
-    except httpx.HTTPError as error:
-        raise Unavailable(f"worker {worker.name} cannot be reached: {error}") from None
-    if answer.status_code == httpx.codes.NOT_FOUND:
-        raise NotFound(f"worker {worker.name}: {text}")
-    raise Unavailable(f"worker {worker.name} answered {answer.status_code}: {text}")
+    asking = asked(worker, "GET", f"/v2/logs/{instance_id}", query=query, read_s=None)
+    answer = await stack.enter_async_context(asking)
+    return StreamingResponse(_bytes(stack, answer), media_type="text/plain; charset=utf-8")
 
 
 async def _bytes(stack: AsyncExitStack, answer: "httpx.Response") -> AsyncIterator[bytes]:

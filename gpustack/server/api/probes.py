@@ -20,5 +20,5 @@ async def readyz() -> str:
 
 
 @router.get("/version")
-async def version() -> dict[str, str]:
+async def get_version() -> dict[str, str]:
     return {"version": __version__}

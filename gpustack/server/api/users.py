@@ -1,27 +1,165 @@
-"""/v2/users."""
+"""/v2/users: who may log in."""
 
-from fastapi import APIRouter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
-from gpustack.schemas.users import MeUpdate, User
-from gpustack.server.api.context import Db
-from gpustack.server.auth.principals import AnyUser, LoggedIn
+from fastapi import APIRouter, Response
+from sqlalchemy.exc import IntegrityError
+from sqlmodel import col, select
+
+from gpustack.errors import Conflict, NotFound, TooMany, raises
+from gpustack.schemas.base import Page
+from gpustack.schemas.users import (
+    MeUpdate,
+    PasswordReset,
+    PasswordSet,
+    User,
+    UserCreate,
+    UserCreated,
+    UserUpdate,
+)
+from gpustack.server.api.context import Db, Id
+from gpustack.server.api.lists import Asked, SearchQuery, page_of
+from gpustack.server.api.repeated import Repeated
+from gpustack.server.auth import passwords
+from gpustack.server.auth.principals import Admin, AnyUser, LoggedIn
 from gpustack.server.db import tables
+from gpustack.server.db.bootstrap import new_password
+from gpustack.server.db.database import ReadSession, find
+from gpustack.server.db.users import remove_user, set_password, step_down, tell_of, who_asks
 
-router = APIRouter(prefix="/v2/users", tags=["users"])
+router = APIRouter(prefix="/v2/users", tags=["users"], route_class=Repeated)
+
+
+class UserQuery(SearchQuery):
+    TABLE = tables.User
+    SEARCHED = ("username", "full_name")
+    SORTED = ("username", "full_name", "created_at")
+
+    username: str | None = None
+    is_admin: bool | None = None
+
+
+@router.get("")
+async def list_users(db: Db, admin: Admin, query: Asked[UserQuery]) -> Page[User]:
+    return await page_of(db, query, _shown)
+
+
+@router.post("", status_code=201)
+@raises(Conflict, TooMany)
+async def create_user(db: Db, admin: Admin, wanted: UserCreate) -> UserCreated:
+    """Make a user. A password that is generated is in this answer and nowhere else."""
+    password, hashed = await _password(wanted.password)
+    row = tables.User(
+        **wanted.model_dump(exclude={"password", "require_password_change"}),
+        password_hash=hashed,
+        require_password_change=wanted.require_password_change or wanted.password is None,
+    )
+    with _name_is_free(wanted.username):
+        async with db.write() as session:
+            session.add(row)
+    made = password if wanted.password is None else None
+    return UserCreated.model_validate(row.model_dump() | {"password": made})
 
 
 @router.get("/me")
-async def me(db: Db, user: LoggedIn) -> User:
+async def get_me(db: Db, user: LoggedIn) -> User:
     """Who is asking."""
     async with db.read() as session:
-        row = await session.get_one(tables.User, user.user_id)
-    return User.model_validate(row, from_attributes=True)
+        return _view(await who_asks(session, user.user_id))
 
 
 @router.put("/me")
 async def update_me(db: Db, user: AnyUser, wanted: MeUpdate) -> User:
     """Change the own name."""
     async with db.write() as session:
-        row = await session.get_one(tables.User, user.user_id)
+        row = await who_asks(session, user.user_id)
         row.full_name = wanted.full_name
+    return _view(row)
+
+
+@router.get("/{user_id}")
+async def get_user(db: Db, admin: Admin, user_id: Id) -> User:
+    async with db.read() as session:
+        return _view(await _get(session, user_id))
+
+
+@router.put("/{user_id}")
+@raises(Conflict, TooMany)
+async def update_user(db: Db, admin: Admin, user_id: Id, wanted: UserUpdate) -> User:
+    """Change a user. The last administrator stays one; a new password ends all sessions."""
+    hashed = (await _password(wanted.password))[1] if wanted.password is not None else None
+    with _name_is_free(wanted.username):
+        async with db.write() as session:
+            row = await _get(session, user_id)
+            if row.is_admin and not wanted.is_admin:
+                await step_down(session, row)
+            row.sqlmodel_update(wanted.model_dump(include={"username", "full_name", "is_admin"}))
+            if wanted.require_password_change is not None:
+                row.require_password_change = wanted.require_password_change
+            await tell_of(session, row)
+            if hashed is not None:
+                must_change = row.require_password_change
+                await set_password(session, row, hashed, must_change=must_change)
+    return _view(row)
+
+
+@router.delete("/{user_id}", status_code=204)
+@raises(Conflict)
+async def delete_user(db: Db, admin: Admin, user_id: Id) -> Response:
+    """Remove a user; sessions and API keys end, the usage stays. Not the last administrator."""
+    async with db.write() as session:
+        await remove_user(session, await _get(session, user_id))
+    return Response(status_code=204)
+
+
+@router.put("/{user_id}/password")
+@raises(TooMany)
+async def reset_password(
+    db: Db, admin: Admin, user_id: Id, wanted: PasswordReset | None = None
+) -> PasswordSet:
+    """Replace a user's password; every session of that user ends.
+
+    One that is generated is in this answer and nowhere else, and must be changed at the next login.
+    """
+    given = wanted.password if wanted else None
+    password, hashed = await _password(given)
+    async with db.write() as session:
+        await set_password(session, await _get(session, user_id), hashed, must_change=given is None)
+    return PasswordSet(password=password if given is None else None)
+
+
+async def _password(given: str | None) -> tuple[str, str]:
+    """The password that is given, or a new one; and its hash.
+
+    Raises:
+        Invalid: it is too easy.
+    """
+    if given is not None:
+        passwords.check_policy(given)
+    password = new_password() if given is None else given
+    return password, await passwords.hash_password(password)
+
+
+@contextmanager
+def _name_is_free(username: str) -> Iterator[None]:
+    try:
+        yield
+    except IntegrityError:
+        raise Conflict(f"a user named {username} exists already") from None
+
+
+async def _get(session: ReadSession, user_id: int) -> tables.User:
+    row = await find(session, tables.User, user_id)
+    if row is None:
+        raise NotFound(f"there is no user with id {user_id}")
+    return row
+
+
+async def _shown(session: ReadSession, ids: Sequence[int]) -> dict[int, User]:
+    rows = await session.exec(select(tables.User).where(col(tables.User.id).in_(ids)))
+    return {row.id or 0: _view(row) for row in rows.all()}
+
+
+def _view(row: tables.User) -> User:
     return User.model_validate(row, from_attributes=True)

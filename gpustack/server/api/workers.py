@@ -3,48 +3,90 @@
 from typing import Any
 
 from fastapi import APIRouter, Response
-from sqlmodel import col, select
+from sqlalchemy.exc import IntegrityError
+from sqlmodel import select
 
-from gpustack.errors import Conflict, Forbidden
+from gpustack.errors import BadRequest, Conflict, Contended, Forbidden, raises
 from gpustack.lib.secrets import digest, new_secret
 from gpustack.schemas import wire
 from gpustack.schemas.base import Page
 from gpustack.schemas.credentials import CredentialKind
-from gpustack.schemas.workers import Heartbeat, Registered, Registration, Worker, WorkerStatus
-from gpustack.server.api.context import Beats, Changes, Db, Id, PageNumber, PerPage
-from gpustack.server.api.lists import page_of, watch_of
+from gpustack.schemas.workers import (
+    Heartbeat,
+    Registered,
+    Registration,
+    Worker,
+    WorkerState,
+    WorkerStatus,
+    WorkerUpdate,
+)
+from gpustack.server.api.conditions import IfMatch, expect, tag
+from gpustack.server.api.context import Beats, Changes, Db, Id
+from gpustack.server.api.lists import Asked, WatchQuery, listed
+from gpustack.server.api.repeated import Repeated
+from gpustack.server.api.streams import WATCHED
 from gpustack.server.auth.principals import Admin, Joiner, Principal, WorkerAgent
 from gpustack.server.db import tables
 from gpustack.server.db.database import WriteSession, get
-from gpustack.server.db.instances import remove
+from gpustack.server.db.devices import set_devices
+from gpustack.server.db.instances import begin_end, on_worker, remove
+from gpustack.server.db.states import worker_state
 from gpustack.server.db.workers import set_silent
 from gpustack.server.heartbeats import Heartbeats
 from gpustack.server.views import worker_view
 
-router = APIRouter(prefix="/v2/workers", tags=["workers"])
+router = APIRouter(prefix="/v2/workers", tags=["workers"], route_class=Repeated)
 
 
-@router.get("", response_model=Page[Worker])
-async def list_workers(
-    db: Db,
-    feed: Changes,
-    admin: Admin,
-    page: PageNumber = 1,
-    perPage: PerPage = 100,
-    name: str | None = None,
-    watch: bool = False,
-    since: str | None = None,
-) -> Any:
-    if watch:
-        return watch_of(feed, frozenset({wire.WORKERS}), admin, since)
-    where = [col(tables.Worker.name) == name] if name is not None else []
-    return await page_of(db, wire.WORKERS, admin, page, perPage, *where)
+class WorkerQuery(WatchQuery):
+    TABLE, KIND = tables.Worker, wire.WORKERS
+    COLUMNS = {"state": worker_state()}
+    SEARCHED = ("name", "hostname", "address")
+    SORTED = ("name", "address", "state", "created_at", "updated_at")
+
+    name: str | None = None
+    state: list[WorkerState] = []
+
+
+@router.get("", response_model=Page[Worker], responses=WATCHED)
+@raises(BadRequest)
+async def list_workers(db: Db, feed: Changes, admin: Admin, query: Asked[WorkerQuery]) -> Any:
+    return await listed(db, feed, admin, query)
 
 
 @router.get("/{worker_id}")
-async def get_worker(db: Db, admin: Admin, worker_id: Id) -> Worker:
+async def get_worker(db: Db, admin: Admin, worker_id: Id, response: Response) -> Worker:
+    """The ETag is the generation: an update may name it in If-Match."""
     async with db.read() as session:
-        return worker_view(await get(session, tables.Worker, worker_id))
+        worker = worker_view(await get(session, tables.Worker, worker_id))
+    tag(response, worker.generation)
+    return worker
+
+
+@router.put("/{worker_id}")
+async def update_worker(
+    db: Db, admin: Admin, worker_id: Id, wanted: WorkerUpdate, if_match: IfMatch, response: Response
+) -> Worker:
+    """Set the labels that administrators give. What is on the worker stays there.
+
+    Made from another generation than the present one, it is refused (409) with the worker as it
+    is. Without If-Match or `generation`, the last writer wins.
+    """
+    async with db.write() as session:
+        row = await get(session, tables.Worker, worker_id)
+        expect(
+            session,
+            f"worker {row.name}",
+            row.generation,
+            header=if_match,
+            body=wanted.generation,
+            current=worker_view(row).model_dump(mode="json"),
+        )
+        if row.admin_labels != wanted.labels:
+            row.admin_labels = wanted.labels
+            row.generation += 1
+    tag(response, row.generation)
+    return worker_view(row)
 
 
 @router.delete("/{worker_id}", status_code=204)
@@ -52,32 +94,46 @@ async def delete_worker(db: Db, admin: Admin, worker_id: Id) -> Response:
     """Forget a worker and what is on it. Its instances are made anew elsewhere."""
     async with db.write() as session:
         worker = await get(session, tables.Worker, worker_id)
-        on_it = select(tables.Instance).where(tables.Instance.worker_id == worker_id)
-        for instance in (await session.exec(on_it)).all():
-            await remove(session, instance)
+        for instance in await on_worker(session, worker_id):
+            if instance.worker_id == worker_id:
+                await remove(session, instance)
+            else:  # it lacks a part now, so its own worker ends the rest
+                begin_end(session, instance, await get(session, tables.Model, instance.model_id))
+        parts = select(tables.Member).where(tables.Member.worker_id == worker_id)
+        for member in (await session.exec(parts)).all():
+            await session.delete(member)
         its = select(tables.Credential).where(tables.Credential.worker_id == worker_id)
         for credential in (await session.exec(its)).all():
             await session.delete(credential)
+        files = select(tables.ModelFile).where(tables.ModelFile.worker_id == worker_id)
+        for file in (await session.exec(files)).all():
+            await session.delete(file)
         await session.flush()
         await session.delete(worker)
     return Response(status_code=204)
 
 
 @router.post("/register")
-async def register(db: Db, heartbeats: Beats, joiner: Joiner, body: Registration) -> Registered:
+@raises(Conflict)
+async def register_worker(
+    db: Db, heartbeats: Beats, joiner: Joiner, body: Registration
+) -> Registered:
     """Join the cluster, with its token; answers the worker's own credential."""
     secret = new_secret() + new_secret()
-    async with db.write() as session:
-        row = await _enrol(session, body, heartbeats, embedded=joiner.is_embedded)
-        old = select(tables.Credential).where(tables.Credential.worker_id == row.id)
-        for credential in (await session.exec(old)).all():
-            await session.delete(credential)
-        session.add(
-            tables.Credential(
-                kind=CredentialKind.WORKER, digest=digest(secret), worker_id=row.id, scopes=[]
+    try:
+        async with db.write() as session:
+            row = await _enrol(session, body, heartbeats, embedded=joiner.is_embedded)
+            old = select(tables.Credential).where(tables.Credential.worker_id == row.id)
+            for credential in (await session.exec(old)).all():
+                await session.delete(credential)
+            session.add(
+                tables.Credential(
+                    kind=CredentialKind.WORKER, digest=digest(secret), worker_id=row.id, scopes=[]
+                )
             )
-        )
-        cluster = await session.get_one(tables.Cluster, 1)
+            cluster = await session.get_one(tables.Cluster, 1)
+    except IntegrityError:  # another server was the first to give this name to somebody
+        raise Contended from None
     worker_id = row.key()[1]
     heartbeats.heard(worker_id)
     return Registered(
@@ -96,9 +152,8 @@ async def _enrol(
     A name belongs to the machine that took it, and on that machine to the agent that is running.
     The server's own agent may take its name back, whatever became of the machine's id.
     """
-    row = (
-        await session.exec(select(tables.Worker).where(tables.Worker.name == body.name))
-    ).one_or_none()
+    named = select(tables.Worker).where(tables.Worker.name == body.name)
+    row = (await session.exec(named.with_for_update())).one_or_none()
     if row is None:
         row = tables.Worker(**body.model_dump(), agent_secret=new_secret())
     else:
@@ -119,7 +174,8 @@ async def _enrol(
 
 
 @router.put("/{worker_id}/registration")
-async def announce(
+@raises(Conflict)
+async def announce_worker(
     db: Db, heartbeats: Beats, worker: WorkerAgent, worker_id: Id, body: Registration
 ) -> Registered:
     """A known worker is back, perhaps with another address."""
@@ -141,34 +197,40 @@ async def announce(
 
 
 @router.post("/{worker_id}/heartbeat", status_code=204)
-async def heartbeat(
+@raises(Conflict)
+async def beat(
     db: Db, heartbeats: Beats, worker: WorkerAgent, worker_id: Id, body: Heartbeat
 ) -> Response:
     """Still there. 409 when another machine uses the same credential."""
     _own(worker, worker_id)
-    async with db.read() as session:
-        row = await get(session, tables.Worker, worker_id)
-    if body.run_id != row.run_id:
-        raise Conflict(
-            f"worker {row.name} is already running as another process (machine {row.machine_id}): "
-            "two machines must not share a data directory or a copy of it"
-        )
+    if body.run_id != heartbeats.runs.get(worker_id):
+        async with db.read() as session:
+            row = await get(session, tables.Worker, worker_id)
+        if body.run_id != row.run_id:
+            raise Conflict(
+                f"worker {row.name} is already running as another process (machine "
+                f"{row.machine_id}): two machines must not share a data directory or a copy of it"
+            )
+        heartbeats.runs[worker_id] = row.run_id
     heartbeats.heard(worker_id)
     return Response(status_code=204)
 
 
 @router.put("/{worker_id}/status", status_code=204)
-async def status(
+async def report_worker(
     db: Db, heartbeats: Beats, worker: WorkerAgent, worker_id: Id, body: WorkerStatus
 ) -> Response:
     """What the worker has. News only when a fact changed; measured use takes no revision."""
     _own(worker, worker_id)
     heartbeats.heard(worker_id)
-    async with db.write() as session:
-        row = await get(session, tables.Worker, worker_id)
-        if row.facts != (facts := body.facts()):
-            row.facts = facts
-        await heartbeats.measured(session, worker_id, body)
+    heartbeats.measured(worker_id, body)
+    if heartbeats.facts.get(worker_id) != (facts := body.facts()):
+        async with db.write() as session:
+            row = await get(session, tables.Worker, worker_id)
+            if row.facts != facts:
+                row.facts = facts
+                await set_devices(session, worker_id, body.gpu_devices)
+        heartbeats.facts[worker_id] = facts
     return Response(status_code=204)
 
 

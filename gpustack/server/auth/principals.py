@@ -1,22 +1,34 @@
 """Who is asking. Every route names the kind of principal it serves as a parameter type."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import Depends, Request
 from sqlmodel import select
 from starlette.datastructures import Headers
 
-from gpustack.errors import Forbidden, PasswordChangeRequired, Unauthorized
+from gpustack.errors import (
+    Contended,
+    DatabaseAway,
+    Forbidden,
+    PasswordChangeRequired,
+    Unauthorized,
+    raised,
+    raises,
+)
 from gpustack.lib import carriers
 from gpustack.lib.origin import is_foreign
 from gpustack.lib.secrets import digest, same
 from gpustack.schemas import wire
 from gpustack.schemas.credentials import CredentialKind, Scope
-from gpustack.server.db.bootstrap import ADMIN
-from gpustack.server.db.database import Database, ReadSession
+from gpustack.schemas.events import ActorKind
+from gpustack.server.auth.known import Known
+from gpustack.server.db.acting import Actor, become
+from gpustack.server.db.database import Database, find
 from gpustack.server.db.tables import Cluster, Credential, User
+from gpustack.server.db.users import first_admin
 
 SESSION_LIFE = timedelta(hours=2)  # sliding
 #: A session's end moves at most this often, so that reading pages is not writing.
@@ -30,6 +42,7 @@ class Principal:
 
     Attributes:
         credential_id: None for the loopback rule, which needs none.
+        username, credential_name: as the audit log has them.
     """
 
     kind: CredentialKind
@@ -39,10 +52,27 @@ class Principal:
     worker_id: int | None = None
     scopes: frozenset[Scope] = frozenset()
     password_change_required: bool = False
+    username: str = ""
+    credential_name: str = ""
+
+    def as_actor(self, peer: str) -> Actor:
+        """Who acts, as events and the audit log say it."""
+        if self.user_id is None:
+            kind = ActorKind.GATEWAY if self.worker_id is None else ActorKind.WORKER
+            return Actor(kind, worker_id=self.worker_id)
+        return Actor(
+            ActorKind.USER,
+            self.username,
+            user_id=self.user_id,
+            credential_kind=self.kind,
+            credential_name=self.credential_name,
+            peer=peer,
+        )
 
 
+@raises(Unauthorized, Forbidden, Contended, DatabaseAway)
 async def principal(request: Request) -> Principal:
-    """The one function that every carrier of credentials goes through.
+    """The one function that every carrier of credentials goes through. Who is found acts from now.
 
     Raises:
         Unauthorized: there is no credential, or nobody knows it, or it has expired.
@@ -50,15 +80,20 @@ async def principal(request: Request) -> Principal:
     """
     db: Database = request.app.state.db
     headers = request.headers
-    async with db.read() as session:
-        by_gateway = await _is_gateway(session, headers.get(wire.GATEWAY_HEADER))
-        shown = presented(headers)
-        if shown is None:
-            if by_gateway and headers.get(wire.LOCAL_HEADER) == "1":
-                return await _local_admin(session)
-            raise Unauthorized
-        found = await resolve(session, shown.secret)
-    if shown.cookie and request.method not in SAFE_METHODS and _is_foreign(headers):
+    known: Known[Principal] = request.app.state.known
+    by_gateway = await _shows_gateway(db, known, headers.get(wire.GATEWAY_HEADER))
+    shown = presented(headers)
+    if shown is not None:
+        found = await resolve(db, known, shown.secret)
+    elif by_gateway and headers.get(wire.LOCAL_HEADER) == "1":
+        found = await _local_admin(db)
+    else:
+        raise Unauthorized
+    peer = headers.get(wire.PEER_HEADER, "") if by_gateway else _peer(request)
+    become(found.as_actor(peer))
+    vouched = by_gateway and headers.get(wire.VOUCHED_HEADER) == "1"
+    unsafe = shown is not None and shown.cookie and request.method not in SAFE_METHODS
+    if unsafe and not vouched and _is_foreign(headers):
         raise Forbidden("this request comes from another site: log in here and try again")
     if found.kind is CredentialKind.SESSION:
         await _slide(db, found)
@@ -70,6 +105,10 @@ def presented(headers: Headers) -> carriers.Shown | None:
     return carriers.shown(headers.items(), wire.SESSION_COOKIE)
 
 
+def _peer(request: Request) -> str:
+    return request.client.host if request.client else ""
+
+
 def _is_foreign(headers: Headers) -> bool:
     return is_foreign(
         origin=headers.get("origin"),
@@ -78,18 +117,28 @@ def _is_foreign(headers: Headers) -> bool:
     )
 
 
-async def resolve(session: ReadSession, secret: str) -> Principal:
+async def resolve(db: Database, known: Known[Principal], secret: str) -> Principal:
     """What `secret` stands for.
 
     Raises:
         Unauthorized: nothing, or no longer.
     """
-    row = (
-        await session.exec(select(Credential).where(Credential.digest == digest(secret)))
-    ).one_or_none()
-    if row is None or (row.expires_at and _aware(row.expires_at) <= datetime.now(UTC)):
-        raise Unauthorized("this credential is unknown or has expired")
-    user = await session.get(User, row.user_id) if row.user_id else None
+    if (remembered := known.find(secret)) is not None:
+        return remembered
+    mark = known.mark
+    async with db.read() as session:
+        row = (
+            await session.exec(select(Credential).where(Credential.digest == digest(secret)))
+        ).one_or_none()
+        if row is None or (row.expires_at and row.expires_at <= datetime.now(UTC)):
+            raise Unauthorized("this credential is unknown or has expired")
+        user = await session.get(User, row.user_id) if row.user_id else None
+    found = _principal(row, user)
+    known.remember(secret, found, row.expires_at, mark)
+    return found
+
+
+def _principal(row: Credential, user: User | None) -> Principal:
     return Principal(
         kind=CredentialKind(row.kind),
         credential_id=row.id,
@@ -100,20 +149,31 @@ async def resolve(session: ReadSession, secret: str) -> Principal:
         password_change_required=bool(
             user and user.require_password_change and row.kind == CredentialKind.SESSION
         ),
+        username=user.username if user else "",
+        credential_name=row.name,
     )
 
 
-async def _is_gateway(session: ReadSession, secret: str | None) -> bool:
+async def _shows_gateway(db: Database, known: Known[Principal], secret: str | None) -> bool:
     if secret is None:
         return False
-    where = (Credential.digest == digest(secret), Credential.kind == CredentialKind.GATEWAY)
-    return (await session.exec(select(Credential.id).where(*where))).first() is not None
+    try:
+        return (await resolve(db, known, secret)).kind is CredentialKind.GATEWAY
+    except Unauthorized:
+        return False
 
 
-async def _local_admin(session: ReadSession) -> Principal:
-    user = (await session.exec(select(User).where(User.username == ADMIN))).one()
+async def _local_admin(db: Database) -> Principal:
+    async with db.read() as session:
+        user = await first_admin(session)
+    if user is None:
+        raise Unauthorized
     return Principal(
-        CredentialKind.LOCAL, user_id=user.id, is_admin=True, scopes=frozenset({Scope.ALL})
+        CredentialKind.LOCAL,
+        user_id=user.id,
+        is_admin=True,
+        scopes=frozenset({Scope.ALL}),
+        username=user.username,
     )
 
 
@@ -121,56 +181,68 @@ async def _slide(db: Database, found: Principal) -> None:
     async with db.read() as session:
         row = await session.get(Credential, found.credential_id)
     end = datetime.now(UTC) + SESSION_LIFE
-    if row is None or row.expires_at is None or end - _aware(row.expires_at) < SESSION_STEP:
+    if row is None or row.expires_at is None or end - row.expires_at < SESSION_STEP:
         return
     async with db.write() as session:
-        row = await session.get(Credential, found.credential_id)
+        row = await find(session, Credential, found.credential_id)
         if row is not None:
             row.expires_at = end
 
 
-def _aware(time: datetime) -> datetime:
-    """SQLite gives back times without their zone; all of ours are UTC."""
-    return time if time.tzinfo else time.replace(tzinfo=UTC)
+Check = Callable[[Principal], None]
 
 
-Anyone = Annotated[Principal, Depends(principal)]
+def _who(*checks: Check) -> Any:
+    """A principal that all `checks` let pass, as the type of a route's parameter.
+
+    One dependency, not a chain: FastAPI goes through each for every request.
+    """
+
+    @raises(*raised(principal), *(error for check in checks for error in raised(check)))
+    async def checked(request: Request) -> Principal:
+        found = await principal(request)
+        for check in checks:
+            check(found)
+        return found
+
+    return Depends(checked)
 
 
-def _user(found: Anyone) -> Principal:
+def _is_user(found: Principal) -> None:
     if found.user_id is None or not found.scopes & {Scope.ALL, Scope.MANAGEMENT}:
         raise Forbidden("this needs a user's login, or an API key with scope management")
-    return found
 
 
-def _settled_user(found: Annotated[Principal, Depends(_user)]) -> Principal:
+@raises(PasswordChangeRequired)
+def _is_settled(found: Principal) -> None:
     if found.password_change_required:
         raise PasswordChangeRequired
-    return found
 
 
-def _admin(found: Annotated[Principal, Depends(_settled_user)]) -> Principal:
+def _is_admin(found: Principal) -> None:
     if not found.is_admin:
         raise Forbidden("this needs an administrator")
-    return found
 
 
-def _gateway(found: Anyone) -> Principal:
+def _is_gateway(found: Principal) -> None:
     if found.kind is not CredentialKind.GATEWAY:
         raise Forbidden("this is for gateways")
-    return found
 
 
-def _worker(found: Anyone) -> Principal:
+def _is_worker(found: Principal) -> None:
     if found.kind is not CredentialKind.WORKER:
         raise Forbidden("this is for workers")
-    return found
 
 
-def _watcher(found: Anyone) -> Principal:
+@raises(PasswordChangeRequired)
+def _may_watch(found: Principal) -> None:
     if found.user_id is not None:
-        return _admin(_settled_user(_user(found)))
-    return found
+        for check in ADMIN:
+            check(found)
+
+
+USER: tuple[Check, ...] = (_is_user, _is_settled)
+ADMIN: tuple[Check, ...] = (*USER, _is_admin)
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,10 +256,12 @@ class Joining:
     is_embedded: bool
 
 
+@raises(Unauthorized, Contended, DatabaseAway)
 async def _joiner(request: Request) -> Joining:
     shown = presented(request.headers)
     token = shown.secret if shown is not None and not shown.cookie else None
     own: str | None = request.app.state.join_token
+    become(Actor(ActorKind.WORKER))
     if token and own and same(token, own):
         return Joining(is_embedded=True)
     db: Database = request.app.state.db
@@ -200,13 +274,14 @@ async def _joiner(request: Request) -> Joining:
     return Joining(is_embedded=False)
 
 
+Anyone = Annotated[Principal, Depends(principal)]
 #: A machine with the cluster's token.
 Joiner = Annotated[Joining, Depends(_joiner)]
 #: A user who may still have to change the password.
-LoggedIn = Annotated[Principal, Depends(_user)]
-AnyUser = Annotated[Principal, Depends(_settled_user)]
-Admin = Annotated[Principal, Depends(_admin)]
-Gateway = Annotated[Principal, Depends(_gateway)]
-WorkerAgent = Annotated[Principal, Depends(_worker)]
+LoggedIn = Annotated[Principal, _who(_is_user)]
+AnyUser = Annotated[Principal, _who(*USER)]
+Admin = Annotated[Principal, _who(*ADMIN)]
+Gateway = Annotated[Principal, _who(_is_gateway)]
+WorkerAgent = Annotated[Principal, _who(_is_worker)]
 #: An administrator, a worker or a gateway: each sees what is its own.
-Watcher = Annotated[Principal, Depends(_watcher)]
+Watcher = Annotated[Principal, _who(_may_watch)]

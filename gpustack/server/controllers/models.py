@@ -1,62 +1,71 @@
-"""A model has as many instances as its spec says, and goes with its last one."""
+"""A model has as many instances as its spec says, of the wanted version, and goes with its last."""
 
 import random
 import string
-from collections.abc import Sequence
 
-from sqlmodel import select
-
-from gpustack.schemas.instances import InstanceState
-from gpustack.server.db.database import Database, WriteSession
+from gpustack.server.controllers.copies import facts_of
+from gpustack.server.controllers.rolling import Add, GiveUp, Plan, Remove, plan_roll
+from gpustack.server.controllers.world import World
+from gpustack.server.db.database import Database, WriteSession, touch
 from gpustack.server.db.instances import begin_end
 from gpustack.server.db.tables import Instance, Model
-from gpustack.server.db.versions import newest_version
+
+#: A roll that waits for what nobody tells of looks again so often.
+LOOK_AGAIN_S = 10.0
+#: Characters that the model's row has room for.
+MESSAGE_LIMIT = 1000
 
 
 class Models:
-    """Waits for nobody: what takes time is the work of `Profiles` and of the workers."""
+    """Waits for nobody: what takes time is the work of `Profiles` and of the workers.
 
-    def __init__(self, db: Database) -> None:
+    What to do is `rolling.plan_roll`'s to say. Each step changes what the model shows, so the next
+    look comes by itself.
+    """
+
+    def __init__(self, db: Database, world: World) -> None:
         self._db = db
+        self._world = world
 
     async def reconcile(self, key: int) -> float | None:
         async with self._db.write() as session:
-            model = await session.get(Model, key)
+            model = await session.get(Model, key, with_for_update=True)
             if model is None:
                 return None
-            rows = select(Instance).where(Instance.model_id == key)
-            instances = list((await session.exec(rows)).all())
-            wanted = 0 if model.deleting else model.replicas
-            live = [instance for instance in instances if not instance.deleting]
-            for instance in surplus(live, wanted):
-                if instance.worker_id is None:  # nobody has anything of it
-                    await session.delete(instance)
-                    instances.remove(instance)
-                else:
-                    begin_end(session, instance, model)
-            for _ in range(wanted - len(live)):
-                await _add_instance(session, model)
-            if model.deleting and not instances:
+            rows, facts = await facts_of(session, model, self._world)
+            plan = plan_roll(facts)
+            await _carry_out(session, model, rows, plan)
+            why = "" if model.deleting else plan.why[:MESSAGE_LIMIT]
+            if model.rollout_message != why:
+                model.rollout_message = why
+            if model.deleting and not rows:
                 await session.flush()
                 await session.delete(model)
-        return None
+        return LOOK_AGAIN_S if plan.look_again else None
 
 
-def surplus(instances: Sequence[Instance], wanted: int) -> list[Instance]:
-    """The instances to remove: first those that do not run, then the youngest."""
+async def _carry_out(
+    session: WriteSession, model: Model, rows: dict[int, Instance], plan: Plan
+) -> None:
+    for step in plan.steps:
+        match step:
+            case Add(version, fallback):
+                session.add(_instance(model, version, fallback))
+            case GiveUp(id):
+                rows[id].fallback_version_id = None
+            case Remove(id) if rows[id].worker_id is None:  # nobody has anything of it
+                await session.delete(rows.pop(id))
+            case Remove(id):
+                begin_end(session, rows[id], model)
+    if plan.steps:
+        touch(session, model)
 
-    def worth(instance: Instance) -> tuple[bool, bool, int]:
-        running = instance.reported_state == InstanceState.RUNNING
-        return (running, instance.worker_id is not None, -(instance.id or 0))
 
-    return sorted(instances, key=worth)[: max(len(instances) - wanted, 0)]
-
-
-async def _add_instance(session: WriteSession, model: Model) -> None:
-    version = await newest_version(session, model.key()[1])
+def _instance(model: Model, version: int, fallback: int | None) -> Instance:
     letters = "".join(random.choices(string.ascii_lowercase + string.digits, k=5))  # noqa: S311
-    session.add(
-        Instance(
-            name=f"{model.name}-{letters}", model_id=version.model_id, version_id=version.id or 0
-        )
+    return Instance(
+        name=f"{model.name}-{letters}",
+        model_id=model.key()[1],
+        version_id=version,
+        fallback_version_id=fallback,
     )

@@ -2,17 +2,25 @@
 
 from datetime import UTC, datetime, timedelta
 
-from gpustack.server.db.database import Database
+from sqlmodel import select
+
+from gpustack.server.db.clock import clock
+from gpustack.server.db.database import Database, find
 from gpustack.server.db.tables import Worker
 from gpustack.server.db.workers import set_silent
 from gpustack.server.heartbeats import SILENT_AFTER, Heartbeats
+
+#: The one key of this queue: all workers are looked at together, which costs as much as one.
+ALL = 0
+#: Until a silent worker is looked at again; and, at least, one whose silence would count.
+SILENT_AGAIN_S, SOON_S = 5.0, 1.0
 
 
 class Workers:
     """Marks the silent and the returned.
 
-    Silence counts from the later of the last heartbeat and the moment this server began to look:
-    a server that was away must not blame its workers for it.
+    Silence counts from the later of the last heartbeat, to whichever server, and the moment this
+    server began to look: servers that were away must not blame their workers for it.
     """
 
     def __init__(
@@ -25,20 +33,40 @@ class Workers:
 
     async def reconcile(self, key: int) -> float | None:
         async with self._db.read() as session:
-            worker = await session.get(Worker, key)
-        if worker is None:
-            return None
-        heard = self._heartbeats.last(key)
-        since = datetime.now(UTC) - (heard or self._began)
+            query = select(Worker.id, Worker.silent, Worker.heartbeat_at)
+            workers = (await session.exec(query)).all()
+            database_now = (await session.exec(select(clock()))).one()
+        again_s = []
+        for worker_id, was_silent, heartbeat_at in workers:
+            since_written = None if heartbeat_at is None else database_now - heartbeat_at
+            silent, due_s = self._judged(worker_id or 0, since_written, was_silent=was_silent)
+            if silent != was_silent:
+                await self._mark(worker_id or 0, silent=silent)
+            again_s.append(due_s)
+        return min(again_s, default=None)
+
+    def _judged(
+        self, worker_id: int, since_written: timedelta | None, *, was_silent: bool
+    ) -> tuple[bool, float]:
+        """Whether a worker is silent, and in how many seconds to ask that again.
+
+        Args:
+            since_written: since it spoke to any server, as far as that is written.
+        """
+        now = datetime.now(UTC)
+        heard = self._heartbeats.last(worker_id)
+        since = [since_written, None if heard is None else now - heard]
+        unheard = min((one for one in since if one is not None), default=timedelta.max)
+        looking = now - self._began
         # A server that just began knows nothing: it leaves `silent` as it was until it does.
-        silent = since > self._limit if heard or since > self._limit else worker.silent
-        if silent != worker.silent:
-            await self._mark(key, silent=silent)
-        return max((self._limit - since).total_seconds(), 0.0) + 0.1 if not silent else 5.0
+        if unheard > self._limit and (looking > self._limit or was_silent):
+            return True, SILENT_AGAIN_S
+        left = self._limit - min(unheard, looking)
+        return False, max(left.total_seconds(), 0.0) + SOON_S
 
     async def _mark(self, worker_id: int, *, silent: bool) -> None:
         async with self._db.write() as session:
-            worker = await session.get(Worker, worker_id)
+            worker = await find(session, Worker, worker_id)
             if worker is None:
                 return
             await set_silent(session, worker, silent=silent)

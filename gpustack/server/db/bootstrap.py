@@ -3,15 +3,19 @@
 import secrets
 import string
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
-from sqlmodel import select
+from sqlalchemy import or_
+from sqlmodel import col, select
 
 from gpustack.lib.platform import write_private
 from gpustack.lib.secrets import Secret, digest, new_secret
 from gpustack.schemas.credentials import CredentialKind, Scope
+from gpustack.server.db import leases
 from gpustack.server.db.database import Database, WriteSession
 from gpustack.server.db.tables import Cluster, Counter, Credential, User
+from gpustack.server.db.users import first_admin
 
 ADMIN = "admin"
 PASSWORD_SYMBOLS = "!@#$%^&*_+"  # noqa: S105  the characters, not a password
@@ -29,10 +33,13 @@ async def bootstrap(
 ) -> Cluster:
     """Make what is missing, once; bring this node's own credentials into the table.
 
+    Of servers that start at once on an empty database, one makes what the cluster has.
+
     A generated token or password is in its file before the database says that it exists, so no
     crash can leave a cluster that nobody can enter.
     """
     async with db.write() as session:
+        await leases.alone(session)
         cluster = await session.get(Cluster, 1)
         if cluster is None:
             given = token.reveal() if token else new_secret()
@@ -46,7 +53,7 @@ async def bootstrap(
             await session.flush()
         elif token is not None:
             cluster.token_digest = digest(token.reveal())
-        admin = (await session.exec(select(User).where(User.username == ADMIN))).one_or_none()
+        admin = await first_admin(session)
         if admin is None:
             first = password.reveal() if password else new_password()
             if password is None:
@@ -59,11 +66,12 @@ async def bootstrap(
             )
             session.add(admin)
             await session.flush()
+        node = f"{node_id(data_dir)} at {data_dir}"[:255]
         for kind, secret, user_id in (
             (CredentialKind.LOCAL, local_admin, admin.id),
             (CredentialKind.GATEWAY, gateway_credential, None),
         ):
-            await _own_credential(session, kind, secret, user_id, node=str(data_dir))
+            await _own_credential(session, kind, secret, user_id, node=node)
     return cluster
 
 
@@ -71,16 +79,34 @@ async def _own_credential(
     session: WriteSession, kind: CredentialKind, secret: str, user_id: int | None, *, node: str
 ) -> None:
     """Exactly one credential of `kind` for this node, the one in its file."""
-    of_node = (Credential.kind == kind, Credential.name == node)
-    rows = (await session.exec(select(Credential).where(*of_node))).all()
-    for row in rows:
-        if row.digest != digest(secret):
-            await session.delete(row)
-    if all(row.digest != digest(secret) for row in rows):
-        scopes: list[str] = [Scope.ALL] if kind is CredentialKind.LOCAL else []
-        session.add(
-            Credential(kind=kind, name=node, digest=digest(secret), user_id=user_id, scopes=scopes)
+    mine = digest(secret)
+    rows = (
+        await session.exec(
+            select(Credential).where(
+                Credential.kind == kind,
+                or_(col(Credential.name) == node, col(Credential.digest) == mine),
+            )
         )
+    ).all()
+    for row in rows:
+        if row.digest == mine:
+            row.name = node
+        else:
+            await session.delete(row)
+    if all(row.digest != mine for row in rows):
+        scopes: list[str] = [Scope.ALL] if kind is CredentialKind.LOCAL else []
+        session.add(Credential(kind=kind, name=node, digest=mine, user_id=user_id, scopes=scopes))
+
+
+def node_id(data_dir: Path) -> str:
+    """What names this node over all its lives. Machines share paths."""
+    path = data_dir / "node_id"
+    with suppress(OSError):
+        if found := path.read_text().strip():
+            return found
+    made = new_secret()[:12]
+    write_private(path, made + "\n")
+    return made
 
 
 def new_password(length: int = 16) -> str:

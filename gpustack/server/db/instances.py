@@ -1,7 +1,21 @@
-"""How an instance's row ends. Its model is told each time: what it shows depends on it."""
+"""Where instances are, and how their rows end.
 
-from gpustack.server.db.database import WriteSession, touch
-from gpustack.server.db.tables import Instance, Model
+An instance's model is told each time: what it shows depends on it.
+"""
+
+from collections.abc import Sequence
+
+from sqlmodel import col, or_, select
+
+from gpustack.server.db.database import ReadSession, WriteSession, touch
+from gpustack.server.db.tables import Instance, Member, Model
+
+
+async def on_worker(session: ReadSession, worker_id: int) -> Sequence[Instance]:
+    """The instances that are on a worker, with all or with a part of them."""
+    parts = select(Member.instance_id).where(Member.worker_id == worker_id)
+    here = or_(Instance.worker_id == worker_id, col(Instance.id).in_(parts))
+    return (await session.exec(select(Instance).where(here).order_by(col(Instance.id)))).all()
 
 
 def begin_end(session: WriteSession, row: Instance, model: Model) -> None:

@@ -2,15 +2,19 @@
 
 Columns are grouped by who writes them: users (spec), the scheduler (placement), the worker that
 an instance is on (status), the server itself. Two groups never share a writer.
+
+One long file: what refers to what, and which change is watched as what, is read best in one place.
 """
 
 from datetime import UTC, datetime
 from typing import Any, ClassVar
 
-from sqlalchemy import JSON, BigInteger, Column, DateTime, UniqueConstraint
+from sqlalchemy import JSON, BigInteger, Column, Index, UniqueConstraint
 from sqlmodel import Field, SQLModel
 
 from gpustack.schemas import wire
+from gpustack.schemas.credentials import CredentialKind
+from gpustack.server.db import types
 
 
 def now() -> datetime:
@@ -26,7 +30,23 @@ def _json_or_null() -> Any:
 
 
 def _time(**options: Any) -> Any:
-    return Field(sa_type=DateTime(timezone=True), **options)
+    return Field(sa_type=types.Time(), **options)
+
+
+def _text(length: int = 255, **options: Any) -> Any:
+    return Field(sa_type=types.Chars(length), **options)
+
+
+def _prose(**options: Any) -> Any:
+    return Field(sa_type=types.Prose(), **options)
+
+
+def _id(**options: Any) -> Any:
+    return Field(sa_type=types.whole(), **options)
+
+
+def _number(**options: Any) -> Any:
+    return Field(sa_type=types.real(), **options)
 
 
 class Watched(SQLModel):
@@ -37,7 +57,7 @@ class Watched(SQLModel):
     """
 
     KIND: ClassVar[str]
-    id: int | None = Field(default=None, primary_key=True)
+    id: int | None = _id(default=None, primary_key=True)
     revision: int = Field(default=0, sa_type=BigInteger, index=True)
 
     def key(self) -> tuple[str, int]:
@@ -45,6 +65,13 @@ class Watched(SQLModel):
         if self.id is None:
             raise ValueError(f"this {self.KIND} row has no id before it is flushed")
         return self.KIND, self.id
+
+    def shown_as(self) -> dict[str, int | None]:
+        """The kinds that this row is watched as.
+
+        Each with the user who alone hears of it; None: everybody who may watch that kind.
+        """
+        return {self.KIND: None}
 
 
 class Cluster(SQLModel, table=True):
@@ -57,10 +84,10 @@ class Cluster(SQLModel, table=True):
 
     __tablename__ = "cluster"
 
-    id: int = Field(default=1, primary_key=True)
-    cluster_id: str
-    epoch: str
-    token_digest: str
+    id: int = _id(default=1, primary_key=True)
+    cluster_id: str = _text()
+    epoch: str = _text()
+    token_digest: str = _text()
 
 
 class Counter(SQLModel, table=True):
@@ -68,31 +95,37 @@ class Counter(SQLModel, table=True):
 
     __tablename__ = "counter"
 
-    id: int = Field(default=1, primary_key=True)
+    id: int = _id(default=1, primary_key=True)
     revision: int = Field(sa_type=BigInteger)
 
 
 class Change(SQLModel, table=True):
-    """The bounded history that watches resume from."""
+    """The bounded history that watches resume from.
+
+    Attributes:
+        user_id: who alone may hear of it; None: everybody who may watch the kind. What is deleted
+            has no other trace of whose it was.
+    """
 
     __tablename__ = "changes"
 
     revision: int = Field(
         sa_type=BigInteger, primary_key=True, sa_column_kwargs={"autoincrement": False}
     )
-    kind: str = Field(primary_key=True, max_length=32)
-    object_id: int = Field(primary_key=True, sa_column_kwargs={"autoincrement": False})
+    kind: str = _text(32, primary_key=True)
+    object_id: int = _id(primary_key=True, sa_column_kwargs={"autoincrement": False})
     deleted: bool
+    user_id: int | None = _id(default=None)
 
 
 class User(SQLModel, table=True):
     __tablename__ = "users"
     __table_args__ = {"sqlite_autoincrement": True}
 
-    id: int | None = Field(default=None, primary_key=True)
-    username: str = Field(unique=True, max_length=128)
-    full_name: str | None = None
-    password_hash: str
+    id: int | None = _id(default=None, primary_key=True)
+    username: str = _text(128, unique=True)
+    full_name: str | None = _text(default=None)
+    password_hash: str = _text()
     is_admin: bool = False
     require_password_change: bool = False
     created_at: datetime = _time(default_factory=now)
@@ -105,16 +138,21 @@ class Credential(Watched, table=True):
     __table_args__ = {"sqlite_autoincrement": True}
     KIND: ClassVar[str] = wire.CREDENTIALS
 
-    kind: str = Field(max_length=16)
-    digest: str = Field(unique=True, max_length=64)
-    name: str = ""
-    description: str | None = None
-    prefix: str = ""
-    user_id: int | None = Field(default=None, foreign_key="users.id", index=True)
-    worker_id: int | None = Field(default=None, foreign_key="workers.id", index=True)
+    kind: str = _text(16)
+    digest: str = _text(64, unique=True)
+    name: str = _text(default="")
+    description: str | None = _prose(default=None)
+    prefix: str = _text(default="")
+    user_id: int | None = _id(default=None, foreign_key="users.id", index=True)
+    worker_id: int | None = _id(default=None, foreign_key="workers.id", index=True)
     scopes: list[str] = _json()
     expires_at: datetime | None = _time(default=None)
     created_at: datetime = _time(default_factory=now)
+
+    def shown_as(self) -> dict[str, int | None]:
+        if self.kind != CredentialKind.KEY or self.user_id is None:
+            return super().shown_as()
+        return super().shown_as() | {wire.API_KEYS: self.user_id}
 
 
 class Worker(Watched, table=True):
@@ -122,45 +160,99 @@ class Worker(Watched, table=True):
     __table_args__ = {"sqlite_autoincrement": True}
     KIND: ClassVar[str] = wire.WORKERS
 
+    # spec: administrators
+    admin_labels: dict[str, str] = _json(default_factory=dict)
+    generation: int = 1
     # registration
-    name: str = Field(unique=True, max_length=253)
-    hostname: str
-    machine_id: str
-    boot_id: str
-    run_id: str
-    address: str
+    name: str = _text(253, unique=True)
+    hostname: str = _text()
+    machine_id: str = _text()
+    boot_id: str = _text()
+    run_id: str = _text()
+    address: str = _text()
     port: int
     labels: dict[str, str] = _json()
     system_reserved_ram_bytes: int = Field(sa_type=BigInteger)
     system_reserved_vram_bytes: int = Field(sa_type=BigInteger)
-    version: str
+    version: str = _text()
     # status: what it has; a change is news
     facts: dict[str, Any] | None = _json_or_null()
     # status: what is measured, without a revision
-    cpu_percent: float = 0.0
+    cpu_percent: float = _number(default=0.0)
     memory_used_bytes: int = Field(default=0, sa_type=BigInteger)
+    devices_used: list[dict[str, Any]] = _json(default_factory=list)  # in the order of its devices
+    gpu_percent: float | None = _number(default=None)  # of its devices on average
+    vram_used_bytes: int = Field(default=0, sa_type=BigInteger)
     heartbeat_at: datetime | None = _time(default=None)
     # the server's own
-    agent_secret: str
+    agent_secret: str = _text()
     silent: bool = False
     created_at: datetime = _time(default_factory=now)
     updated_at: datetime = _time(default_factory=now, sa_column_kwargs={"onupdate": now})
 
 
+class Device(SQLModel, table=True):
+    """A GPU or NPU, as its worker's facts have it. The same transaction writes both.
+
+    Attributes:
+        position: among the worker's devices.
+        type: never empty, since ids are made of it.
+    """
+
+    __tablename__ = "devices"
+    __table_args__ = (
+        UniqueConstraint("worker_id", "position"),
+        {"sqlite_autoincrement": True},
+    )
+
+    id: int | None = _id(default=None, primary_key=True)
+    worker_id: int = _id(foreign_key="workers.id", ondelete="CASCADE")
+    position: int
+    index: int
+    name: str = _text()
+    vendor: str = _text()
+    type: str = _text()
+    uuid: str = _text()
+    memory_total_bytes: int = Field(sa_type=BigInteger)
+
+
+class LoadSample(SQLModel, table=True):
+    """How busy all workers were together in one minute, percent; None: there was none such.
+
+    Attributes:
+        minute: since the epoch.
+    """
+
+    __tablename__ = "load_samples"
+
+    minute: int = _id(primary_key=True, sa_column_kwargs={"autoincrement": False})
+    cpu: float | None = _number(default=None)
+    ram: float | None = _number(default=None)
+    gpu: float | None = _number(default=None)
+    vram: float | None = _number(default=None)
+
+
 class Model(Watched, table=True):
+    """What a user deploys.
+
+    Attributes:
+        rollout_message: why its instances are not as its spec says although nothing is under way.
+    """
+
     __tablename__ = "models"
     __table_args__ = {"sqlite_autoincrement": True}
     KIND: ClassVar[str] = wire.MODELS
 
-    # spec; `version_id` names the part that instances are started from
-    name: str = Field(unique=True, max_length=128)
-    description: str | None = None
+    # spec; the part that instances are started from is the newest of its versions
+    name: str = _text(128, unique=True)
+    description: str | None = _prose(default=None)
     replicas: int
-    placement_strategy: str
+    placement_strategy: str = _text()
     worker_selector: dict[str, str] = _json()
     restart_on_error: bool
     generation: int = 1
     # the server's own
+    rollout_message: str = _text(1000, default="")
     deleting: bool = False
     created_at: datetime = _time(default_factory=now)
     updated_at: datetime = _time(default_factory=now, sa_column_kwargs={"onupdate": now})
@@ -180,43 +272,120 @@ class ModelVersion(SQLModel, table=True):
         {"sqlite_autoincrement": True},
     )
 
-    id: int | None = Field(default=None, primary_key=True)
-    model_id: int = Field(foreign_key="models.id", ondelete="CASCADE")
+    id: int | None = _id(default=None, primary_key=True)
+    model_id: int = _id(foreign_key="models.id", ondelete="CASCADE")
     generation: int
     spec: dict[str, Any] = _json()
     created_at: datetime = _time(default_factory=now)
     # the server's own
     profile: dict[str, Any] | None = _json_or_null()
-    problem: str = ""
+    problem: str = _prose(default="")
 
 
 class Instance(Watched, table=True):
+    """One copy of a model.
+
+    Attributes:
+        fallback_version_id: the version whose instance was stopped to make room for this one; it
+            is placed again if this one does not fit.
+    """
+
     __tablename__ = "model_instances"
     __table_args__ = {"sqlite_autoincrement": True}
     KIND: ClassVar[str] = wire.INSTANCES
 
-    name: str = Field(unique=True, max_length=140)
-    model_id: int = Field(foreign_key="models.id", index=True)
-    version_id: int = Field(foreign_key="model_versions.id")
+    name: str = _text(140, unique=True)
+    model_id: int = _id(foreign_key="models.id", index=True)
+    version_id: int = _id(foreign_key="model_versions.id")
     generation: int = 1
-    # placement: written once
-    worker_id: int | None = Field(default=None, foreign_key="workers.id", index=True)
+    # placement: written once; a distributed instance's claims are its members'
+    worker_id: int | None = _id(default=None, foreign_key="workers.id", index=True)
     claim: dict[str, Any] | None = _json_or_null()
-    secret: str | None = None
+    secret: str | None = _text(default=None)
     # status: the worker that it is placed on
-    reported_state: str | None = None
-    state_message: str = ""
+    reported_state: str | None = _text(default=None)
+    state_message: str = _prose(default="")
     observed_generation: int = 0
     port: int | None = None
     pid: int | None = None
     restart_count: int = 0
-    download_progress: float | None = None
+    download_progress: float | None = _number(default=None)
     # the server's own
     reasons: list[dict[str, Any]] = _json(default_factory=list)
     deleting: bool = False
-    replaced_by: int | None = None
+    replaced_by: int | None = _id(default=None)
+    fallback_version_id: int | None = _id(default=None)
     created_at: datetime = _time(default_factory=now)
     updated_at: datetime = _time(default_factory=now, sa_column_kwargs={"onupdate": now})
+
+
+class Member(SQLModel, table=True):
+    """The part of a distributed instance on one worker. An instance on one worker has no members.
+
+    Watchers see it in its instance: whoever changes a member touches that.
+    """
+
+    __tablename__ = "members"
+    __table_args__ = (
+        UniqueConstraint("instance_id", "rank"),
+        {"sqlite_autoincrement": True},
+    )
+
+    id: int | None = _id(default=None, primary_key=True)
+    # placement: written once; rank 0 is on the instance's own worker and answers requests
+    instance_id: int = _id(foreign_key="model_instances.id", ondelete="CASCADE")
+    rank: int
+    worker_id: int = _id(foreign_key="workers.id", index=True)
+    claim: dict[str, Any] = _json()
+    # status: the worker that it is placed on
+    ports: dict[str, int] = _json(default_factory=dict)
+    reported_state: str | None = _text(default=None)
+    state_message: str = _prose(default="")
+    observed_generation: int = 0
+    pid: int | None = None
+    restart_count: int = 0
+    download_progress: float | None = _number(default=None)
+
+
+class ModelFile(Watched, table=True):
+    """The files of one source on one worker.
+
+    Attributes:
+        source_digest: of the source: a worker has each once.
+    """
+
+    __tablename__ = "model_files"
+    __table_args__ = (
+        UniqueConstraint("worker_id", "source_digest"),
+        {"sqlite_autoincrement": True},
+    )
+    KIND: ClassVar[str] = wire.MODEL_FILES
+
+    # spec: administrators, or the worker that needs it; all but the generation never changes
+    worker_id: int = _id(foreign_key="workers.id")
+    source: str = _text(32)
+    huggingface_repo_id: str | None = _text(default=None)
+    huggingface_filename: str | None = _text(1024, default=None)
+    local_path: str | None = _text(1024, default=None)
+    source_digest: str = _text(64)
+    generation: int = 1
+    # status: the worker that it is on
+    reported_state: str | None = _text(16, default=None)
+    state_message: str = _prose(default="")
+    observed_generation: int = 0
+    size: int | None = Field(default=None, sa_type=BigInteger)
+    download_progress: float | None = _number(default=None)
+    resolved_paths: list[str] = _json(default_factory=list)
+    # the server's own
+    deleting: bool = False
+    created_at: datetime = _time(default_factory=now)
+    updated_at: datetime = _time(default_factory=now, sa_column_kwargs={"onupdate": now})
+
+    @property
+    def name(self) -> str:
+        """What events and the audit log call it."""
+        file = f":{self.huggingface_filename}" if self.huggingface_filename else ""
+        return (self.local_path or f"{self.huggingface_repo_id}{file}")[:255]
 
 
 class Usage(SQLModel, table=True):
@@ -225,22 +394,51 @@ class Usage(SQLModel, table=True):
     __tablename__ = "usage"
     __table_args__ = {"sqlite_autoincrement": True}
 
-    id: int | None = Field(default=None, primary_key=True)
-    request_id: str
-    credential_id: int | None = None
-    user_id: int | None = Field(default=None, index=True)
-    model_id: int = Field(index=True)
-    model: str
-    instance_id: int | None = None
-    operation: str
+    id: int | None = _id(default=None, primary_key=True)
+    request_id: str = _text()
+    credential_id: int | None = _id(default=None)
+    user_id: int | None = _id(default=None, index=True)
+    model_id: int = _id(index=True)
+    model: str = _text()
+    instance_id: int | None = _id(default=None)
+    operation: str = _text()
     prompt_tokens: int
     completion_tokens: int
     status: int
     estimated: bool
     cut: bool
-    started_at: float
-    first_byte_ms: float | None = None
-    total_ms: float | None = None
+    started_at: float = _number(index=True)
+    first_byte_ms: float | None = _number(default=None)
+    total_ms: float | None = _number(default=None)
+
+
+class UsageHour(SQLModel, table=True):
+    """The sums of one hour's requests that are alike. What adds a request adds it here too.
+
+    Attributes:
+        hour: since the epoch, UTC.
+        model: what it was called last in that hour.
+        user_id, credential_id: 0: none.
+        failed: requests whose answer was an error.
+    """
+
+    __tablename__ = "usage_hours"
+    __table_args__ = (
+        UniqueConstraint("hour", "model_id", "user_id", "credential_id", "operation"),
+        {"sqlite_autoincrement": True},
+    )
+
+    id: int | None = _id(default=None, primary_key=True)
+    hour: int = _id()
+    model_id: int = _id()
+    model: str = _text()
+    user_id: int = _id()
+    credential_id: int = _id()
+    operation: str = _text(64)
+    requests: int = Field(sa_type=BigInteger)
+    failed: int = Field(sa_type=BigInteger)
+    prompt_tokens: int = Field(sa_type=BigInteger)
+    completion_tokens: int = Field(sa_type=BigInteger)
 
 
 class UsageSpool(SQLModel, table=True):
@@ -248,10 +446,103 @@ class UsageSpool(SQLModel, table=True):
 
     __tablename__ = "usage_spools"
 
-    spool: str = Field(primary_key=True, max_length=32)
+    spool: str = _text(32, primary_key=True)
     sequence: int = Field(sa_type=BigInteger)
 
 
+class Event(SQLModel, table=True):
+    """One thing that happened to an object, or the same thing several times. Outlives the object.
+
+    Attributes:
+        alike: digest of what makes two of them the same.
+        by_kind, by_name: who did it.
+    """
+
+    __tablename__ = "events"
+    __table_args__ = (
+        Index("ix_events_object", "kind", "object_id"),
+        {"sqlite_autoincrement": True},
+    )
+
+    id: int | None = _id(default=None, primary_key=True)
+    kind: str = _text(32)
+    object_id: int = _id()
+    name: str = _text()
+    type: str = _text(32)
+    message: str = _prose()
+    codes: list[str] = _json()
+    by_kind: str = _text(16)
+    by_name: str = _text()
+    alike: str = _text(64, index=True)
+    count: int = 1
+    first_at: datetime = _time()
+    last_at: datetime = _time(index=True)
+
+
+class AuditEntry(SQLModel, table=True):
+    """One administrative change. Never changed; removed only from the oldest on.
+
+    Attributes:
+        changed: JSON as text, since databases rewrite JSON and the hash covers every character.
+        previous: hash of the entry before.
+        hash: of all other columns.
+    """
+
+    __tablename__ = "audit_log"
+
+    id: int = _id(primary_key=True, sa_column_kwargs={"autoincrement": False})
+    at: datetime = _time(default_factory=now)
+    user_id: int | None = _id(default=None)
+    username: str = _text(128)
+    credential_kind: str = _text(16)
+    credential_name: str = _text()
+    peer: str = _text()
+    action: str = _text(16)
+    kind: str = _text(32)
+    object_id: int | None = _id(default=None)
+    name: str = _text()
+    changed: str = _prose()
+    remark: str = _prose()
+    previous: str = _text(64)
+    hash: str = _text(64)
+
+
+class AuditChain(SQLModel, table=True):
+    """One row: the ends of the audit log. Whoever writes an entry holds it.
+
+    Attributes:
+        pruned_id, pruned_hash: of the entry that the oldest one left follows.
+        last_id, last_hash: of the newest entry.
+    """
+
+    __tablename__ = "audit_chain"
+
+    id: int = _id(default=1, primary_key=True)
+    pruned_id: int = _id(default=0)
+    pruned_hash: str = _text(64, default="")
+    last_id: int = _id(default=0)
+    last_hash: str = _text(64, default="")
+
+
+class Lease(SQLModel, table=True):
+    """One row: which server controls.
+
+    Attributes:
+        holder: a node. What it does is its business only with `token`, which grows with each term.
+        renewed_at: by the database's clock.
+    """
+
+    __tablename__ = "leases"
+
+    name: str = _text(32, primary_key=True)
+    holder: str = _text(64)
+    token: int = Field(sa_type=BigInteger)
+    renewed_at: datetime = _time()
+
+
+#: Kind -> its table, for the rows that take revisions.
 WATCHED: dict[str, type[Watched]] = {
-    table.KIND: table for table in (Credential, Worker, Model, Instance)
+    table.KIND: table for table in (Credential, Worker, Model, Instance, ModelFile)
 }
+#: Every kind that can be watched: API keys are what users see of their credentials.
+KINDS: dict[str, type[Watched]] = WATCHED | {wire.API_KEYS: Credential}

@@ -3,7 +3,8 @@
 from sqlmodel import col, select
 
 from gpustack.server.db.database import WriteSession, touch
-from gpustack.server.db.tables import Instance, Model, Worker
+from gpustack.server.db.instances import on_worker
+from gpustack.server.db.tables import Model, Worker
 
 
 async def set_silent(session: WriteSession, worker: Worker, *, silent: bool) -> None:
@@ -11,7 +12,7 @@ async def set_silent(session: WriteSession, worker: Worker, *, silent: bool) -> 
     if worker.silent == silent:
         return
     worker.silent = silent
-    on_it = (await session.exec(select(Instance).where(Instance.worker_id == worker.id))).all()
+    on_it = await on_worker(session, worker.key()[1])
     for instance in on_it:
         touch(session, instance)
     its_models = select(Model).where(col(Model.id).in_({one.model_id for one in on_it}))

@@ -15,6 +15,7 @@ from gpustack.lib.net import can_bind
 from gpustack.lib.secrets import Secret
 from gpustack.worker.ports import LOOPBACK
 from gpustack.worker.reconcile import Failure, Observed, Phase, Trouble
+from gpustack.worker.supervisor.draining import until_idle
 from gpustack.worker.supervisor.engine_log import last_words, start_log
 from gpustack.worker.supervisor.groups import end_group, groups_by_uid
 from gpustack.worker.supervisor.health import answers
@@ -39,6 +40,8 @@ class Limits:
         patience_s: for the answer to such a question. A llama.cpp under 200 streams was seen to
             take 9 s: an engine that is busy must not be taken for one that hangs.
         misses: unanswered questions in a row that make it unhealthy.
+        hear_s: gateways that are late to hear that it is to go still send it requests this long.
+        drain_s: for the requests that it is answering to end before it is ended.
     """
 
     start_s: float = 600.0
@@ -46,6 +49,8 @@ class Limits:
     poll_s: float = 5.0
     patience_s: float = 30.0
     misses: int = 3
+    hear_s: float = 1.0
+    drain_s: float = 600.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +86,7 @@ class Engine:
         self._limits = limits
         self._changed = changed
         self._stop = asyncio.Event()
+        self._drain = asyncio.Event()
         self._done = asyncio.Event()
         self._running_since: float | None = None
         self._progress_at: float | None = None
@@ -97,6 +103,13 @@ class Engine:
     def ask_to_stop(self) -> None:
         """Like `stop`, without waiting."""
         self._stop.set()
+
+    def ask_to_drain(self) -> None:
+        """Like `ask_to_stop`, once the requests that it is answering have ended."""
+        if self.observed.phase in {Phase.RUNNING, Phase.ADOPTED}:
+            self._drain.set()
+        else:
+            self._stop.set()
 
     async def start(self, prepare: Prepare, restart_count: int) -> Failure | None:
         """Run a new engine until it is gone: None if it was told to stop, else why it failed.
@@ -219,7 +232,8 @@ class Engine:
             exited = group.create_task(platform.wait_exit(pid_of(record)))
             stopped = group.create_task(self._stop.wait())
             probed = group.create_task(self._probe(record, secret))
-            waiting: set[asyncio.Task[Any]] = {exited, stopped, probed}
+            drained = group.create_task(self._drained(record, secret))
+            waiting: set[asyncio.Task[Any]] = {exited, stopped, probed, drained}
             await asyncio.sleep(0)  # now the exit is watched: what lives from here on is seen
             gone = child is None and not record.is_alive
             if not gone:
@@ -231,6 +245,15 @@ class Engine:
         if gone or not exited.cancelled():
             return self._exit_failure(child)
         return probed.result()
+
+    async def _drained(self, record: Record, secret: Secret) -> None:
+        """Once it is to go and has nothing left to answer, or took too long, it is to stop."""
+        await self._drain.wait()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._limits.drain_s):
+                await asyncio.sleep(self._limits.hear_s)
+                await until_idle(record.port, secret, record.busy_gauges)
+        self._stop.set()
 
     def _exit_failure(self, child: "subprocess.Popen[bytes] | None") -> Failure:
         ran_s = self._ran_s()

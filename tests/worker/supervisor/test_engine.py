@@ -2,6 +2,7 @@ import asyncio
 import os
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,12 +10,14 @@ import pytest
 from gpustack.lib import platform
 from gpustack.lib.secrets import Secret
 from gpustack.worker.reconcile import Failure, Phase, Trouble
+from gpustack.worker.supervisor.draining import requests
 from gpustack.worker.supervisor.engine import Engine, Limits, Plan, Prepare
 from gpustack.worker.supervisor.engine_log import log_path
 from gpustack.worker.supervisor.groups import groups_by_uid
 from gpustack.worker.supervisor.records import Record, Records
 from tests.support import fake_engine
-from tests.support.worker_node import eventually, free_port
+from tests.support.ports import free_ports
+from tests.support.worker_node import eventually
 
 QUICK = Limits(start_s=5, stop_s=0.3, poll_s=0.05, patience_s=0.5)
 
@@ -37,7 +40,7 @@ class Bench:
         return self.engine.observed.phase
 
     def plan(self, *argv: str, fake: str = "") -> Prepare:
-        port = free_port()
+        port = free_ports(1)
         key = str(self.records.secret_path("u1"))
         command = argv or (self.program, "--port", str(port), "--api-key-file", key)
         record = Record(
@@ -50,6 +53,7 @@ class Bench:
             log_file=str(log_path(self.folder / "log", 1)),
             argv=list(command),
             health_path="/health",
+            busy_gauges=["llamacpp:requests_processing"],
             boot_id=platform.boot_id(),
         )
 
@@ -131,6 +135,64 @@ async def test_an_engine_that_is_told_to_stop_while_its_files_are_fetched_is_nev
         await bench.engine.stop()
     assert owner.result() is None
     assert bench.left() == []
+
+
+async def test_an_engine_that_is_to_drain_is_ended_once_it_has_no_request_left(
+    bench: Bench,
+) -> None:
+    busy = bench.folder / "busy"
+    busy.touch()
+    engine = bench.another(replace(QUICK, hear_s=0.01))
+    log = log_path(bench.folder / "log", 1)
+    async with asyncio.TaskGroup() as group:
+        owner = group.create_task(engine.start(bench.plan(fake=f"busy-if={busy}"), 0))
+        await eventually(lambda: bench.phase() is Phase.RUNNING)
+        engine.ask_to_drain()
+        await eventually(lambda: log.read_text().count("metrics\n") >= 3)
+        assert bench.phase() is Phase.RUNNING
+        busy.unlink()
+    assert owner.result() is None
+    assert log.read_text().count("metrics\n") >= 5  # it was found idle twice
+    assert bench.left() == []
+
+
+@pytest.mark.parametrize("told", [Engine.ask_to_stop, None])
+async def test_draining_ends_when_it_takes_too_long_or_the_engine_must_stop_now(
+    bench: Bench, told: Callable[[Engine], None] | None
+) -> None:
+    busy = bench.folder / "busy"
+    busy.touch()
+    limits = replace(QUICK, hear_s=0.01, drain_s=60 if told else 0.3)
+    engine = bench.another(limits)
+    async with asyncio.TaskGroup() as group:
+        owner = group.create_task(engine.start(bench.plan(fake=f"busy-if={busy}"), 0))
+        await eventually(lambda: bench.phase() is Phase.RUNNING)
+        engine.ask_to_drain()
+        if told:
+            told(engine)
+    assert owner.result() is None
+    assert groups_by_uid(bench.folder) == {}
+
+
+async def test_an_engine_that_starts_has_nothing_to_drain(bench: Bench) -> None:
+    async with asyncio.TaskGroup() as group:
+        owner = group.create_task(bench.engine.start(bench.plan(fake="delay=60"), 0))
+        await eventually(lambda: bench.engine.observed.pid)
+        bench.engine.ask_to_drain()
+    assert owner.result() is None
+
+
+@pytest.mark.parametrize(
+    ("metrics", "count"),
+    [
+        ("", 0),
+        ("busy 2\nlate 1.0\nother 7\n", 3),
+        ('busy{model="a b"} 4 1700000000\n# HELP late 5', 4),
+        ("busy\nbusy many\n", 0),
+    ],
+)
+def test_requests_are_counted_by_the_engines_own_metrics(metrics: str, count: int) -> None:
+    assert requests(metrics, ["busy", "late"]) == count
 
 
 async def test_cancelling_the_owner_lets_go_and_another_can_adopt(bench: Bench) -> None:

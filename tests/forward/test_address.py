@@ -2,9 +2,9 @@
 
 import pytest
 
+from gpustack.forward import address
+from gpustack.forward.address import FORWARDING
 from gpustack.forward.http1 import Headers
-from gpustack.gateway import address
-from gpustack.gateway.address import FORWARDING
 
 HERE = [(b"host", b"127.0.0.1:8080")]
 

@@ -1,0 +1,229 @@
+"""The resources of the API, each with what it alone can be asked."""
+
+import builtins
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from typing import Any
+from urllib.parse import quote
+
+from pydantic import RootModel
+
+from gpustack.client.caller import Filter
+from gpustack.client.collections import (
+    Collection,
+    Creates,
+    Deletes,
+    Follows,
+    Listed,
+    Named,
+    Resource,
+    Updates,
+    list_of,
+)
+from gpustack.schemas.audit import Audited, AuditEntry
+from gpustack.schemas.credentials import ApiKey, ApiKeyCreate, ApiKeyCreated, ApiKeyUpdate
+from gpustack.schemas.dashboard import Dashboard, ModelUsage, UsageStats
+from gpustack.schemas.devices import GPUDevice
+from gpustack.schemas.events import Event, EventKind
+from gpustack.schemas.instances import Instance
+from gpustack.schemas.model_files import ModelFile, ModelFileCreate
+from gpustack.schemas.models import (
+    Deletions,
+    Model,
+    ModelCreate,
+    ModelUpdate,
+    ModelVersion,
+    Rollback,
+)
+from gpustack.schemas.usage import UsageEntry, UsageSum
+from gpustack.schemas.users import (
+    MeUpdate,
+    PasswordReset,
+    PasswordSet,
+    User,
+    UserCreate,
+    UserCreated,
+    UserUpdate,
+)
+from gpustack.schemas.workers import Worker, WorkerUpdate
+
+
+class Models(
+    Named[Model], Follows[Model], Creates[ModelCreate, Model], Updates[Model, ModelUpdate], Deletes
+):
+    """What users deploy."""
+
+    PATH, KIND, CREATED = "/v2/models", Model, Model
+
+    async def patch(self, id: int, changes: Mapping[str, Any]) -> Model:
+        """Change the fields that are named; None means the default.
+
+        With `generation` among them: only if that is still the model's.
+        """
+        patch = RootModel[dict[str, Any]](dict(changes))
+        return await self._caller.one("PATCH", f"{self.PATH}/{id}", Model, patch)
+
+    async def instances(
+        self, id: int, *, limit: int | None = None, **filters: Filter
+    ) -> builtins.list[Instance]:
+        """The model's copies."""
+        path = f"{self.PATH}/{id}/instances"
+        return await list_of(self._caller, path, Instance, limit, filters)
+
+    async def versions(self, id: int) -> builtins.list[ModelVersion]:
+        """What the model's instances were started from, the newest first."""
+        return await list_of(self._caller, f"{self.PATH}/{id}/versions", ModelVersion, None, {})
+
+    async def roll_back(self, id: int, to: int | None = None) -> Model:
+        """Want an earlier version again.
+
+        Args:
+            to: the generation that it came with; None: the newest that says something else.
+        """
+        path = f"{self.PATH}/{id}/rollback"
+        return await self._caller.one("POST", path, Model, Rollback(to=to))
+
+    async def delete_many(self, ids: Sequence[int]) -> Deletions:
+        """Delete up to 100 models; answers for each what became of it."""
+        asked = {"ids": ",".join(map(str, ids))}
+        return await self._caller.one("DELETE", self.PATH, Deletions, asked=asked)
+
+
+class Instances(Collection[Instance], Follows[Instance], Deletes):
+    """Copies of models."""
+
+    PATH, KIND = "/v2/model-instances", Instance
+
+    async def retry(self, id: int) -> None:
+        """Start a failed one again now, without waiting for its back-off."""
+        await self._caller.call("POST", f"{self.PATH}/{id}/retry")
+
+    async def logs(
+        self, id: int, *, tail: int | None = None, follow: bool = False, previous: bool = False
+    ) -> AsyncGenerator[bytes, None]:
+        """The end of the engine's log; with `follow` also what is added, without end.
+
+        Args:
+            tail: this many lines from the end; None: as many as the server sends unasked.
+            previous: the log of the run before this one.
+        """
+        asked: dict[str, Filter] = {"follow": follow, "previous": previous, "tail": tail}
+        read_s = None if follow else self._caller.timeout_s
+        async with self._caller.stream(f"{self.PATH}/{id}/logs", asked, read_s=read_s) as answer:
+            async for chunk in answer.aiter_bytes():
+                yield chunk
+
+
+class Workers(Named[Worker], Follows[Worker], Updates[Worker, WorkerUpdate], Deletes):
+    """Machines that run agents."""
+
+    PATH, KIND = "/v2/workers", Worker
+
+
+class GPUDevices(Listed[GPUDevice]):
+    """GPUs and NPUs of all workers."""
+
+    PATH, KIND = "/v2/gpu-devices", GPUDevice
+
+    async def get(self, id: str) -> GPUDevice:
+        """The device `<worker>:<type>:<index>`.
+
+        Raises:
+            NotFound: there is none such.
+        """
+        return await self._caller.one("GET", f"{self.PATH}/{quote(id, safe=':')}", GPUDevice)
+
+
+class ModelFiles(Collection[ModelFile], Follows[ModelFile], Creates[ModelFileCreate, ModelFile]):
+    """Models' files on workers. To make one is to have it fetched."""
+
+    PATH, KIND, CREATED = "/v2/model-files", ModelFile, ModelFile
+
+    async def reset(self, id: int) -> ModelFile:
+        """Have it fetched again."""
+        return await self._caller.one("POST", f"{self.PATH}/{id}/reset", ModelFile)
+
+    async def delete(self, id: int, *, cleanup: bool = False) -> None:
+        """Forget it; with `cleanup`, once the worker has removed it from its disk."""
+        await self._caller.call("DELETE", f"{self.PATH}/{id}", asked={"cleanup": cleanup})
+
+
+class Users(Creates[UserCreate, UserCreated], Updates[User, UserUpdate], Deletes):
+    PATH, KIND, CREATED = "/v2/users", User, UserCreated
+
+    async def me(self) -> User:
+        """Whose credential this is."""
+        return await self._caller.one("GET", f"{self.PATH}/me", User)
+
+    async def update_me(self, wanted: MeUpdate) -> User:
+        return await self._caller.one("PUT", f"{self.PATH}/me", User, wanted)
+
+    async def reset_password(self, id: int, password: str | None = None) -> str | None:
+        """Set another's password; the user's sessions end.
+
+        Args:
+            password: None: one is made, which is answered and must be changed at the next login.
+        """
+        wanted = PasswordReset(password=password)
+        path = f"{self.PATH}/{id}/password"
+        return (await self._caller.one("PUT", path, PasswordSet, wanted)).password
+
+
+class ApiKeys(
+    Follows[ApiKey], Creates[ApiKeyCreate, ApiKeyCreated], Updates[ApiKey, ApiKeyUpdate], Deletes
+):
+    """The user's own keys."""
+
+    PATH, KIND, CREATED = "/v2/api-keys", ApiKey, ApiKeyCreated
+
+
+class Usage(Listed[UsageEntry]):
+    """Requests, the newest first; of others only for administrators."""
+
+    PATH, KIND = "/v2/usage", UsageEntry
+
+    async def sums(
+        self, group_by: Sequence[str] = (), *, limit: int | None = None, **filters: Filter
+    ) -> builtins.list[UsageSum]:
+        """What requests come to, by any of date, model, user, credential and operation."""
+        asked: dict[str, Filter] = {"group_by": builtins.list(group_by), **filters}
+        return await list_of(self._caller, f"{self.PATH}/sums", UsageSum, limit, asked)
+
+
+class Dashboards(Resource):
+    """The cluster at a glance."""
+
+    PATH = "/v2/dashboard"
+
+    async def get(self) -> Dashboard:
+        return await self._caller.one("GET", self.PATH, Dashboard)
+
+    async def usage(self, **filters: Filter) -> ModelUsage:
+        """By the day, and the users with the most tokens."""
+        return await self._caller.one("GET", f"{self.PATH}/usage", ModelUsage, asked=filters)
+
+    async def usage_stats(self, **filters: Filter) -> UsageStats:
+        """By the day."""
+        path = f"{self.PATH}/usage/stats"
+        return await self._caller.one("GET", path, UsageStats, asked=filters)
+
+
+class Events(Listed[Event]):
+    """What happened to objects, the newest first."""
+
+    PATH, KIND = "/v2/events", Event
+
+    async def of(
+        self, kind: EventKind, id: int, *, limit: int | None = None, **filters: Filter
+    ) -> builtins.list[Event]:
+        """What happened to one object, which may be gone."""
+        return await list_of(self._caller, f"/v2/{kind}/{id}/events", Event, limit, filters)
+
+
+class AuditLog(Listed[AuditEntry]):
+    """Who changed what, the newest first."""
+
+    PATH, KIND = "/v2/audit", AuditEntry
+
+    async def verify(self) -> Audited:
+        """Whether it is as it was written."""
+        return await self._caller.one("GET", f"{self.PATH}/verify", Audited)

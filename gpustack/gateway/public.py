@@ -1,0 +1,112 @@
+"""What clients reach: the public ports, and what the settings of now put around the gateway."""
+
+import asyncio
+import logging
+import socket
+from contextlib import suppress
+from typing import Any, Final
+
+from gpustack.config.load import with_hot
+from gpustack.config.options import Settings
+from gpustack.errors import SettingsError, Unavailable
+from gpustack.forward.exchange import IGNORED, Exchange, Receiver
+from gpustack.forward.listener import App, Server
+from gpustack.gateway import cors
+from gpustack.gateway.answers import refuse
+from gpustack.gateway.inference import Inference
+from gpustack.gateway.routes import is_inference
+from gpustack.gateway.tls import Certificate
+from gpustack.lib.role import Boot
+
+logger = logging.getLogger(__name__)
+
+_LOOK_S: Final = 0.02
+#: Between two looks at a certificate that could not be used.
+_RETRY_S: Final = 60.0
+
+
+class Public:
+    """The public side of a gateway; listens nowhere yet.
+
+    A certificate that cannot be used closes the HTTPS port and nothing else, until it can be.
+    """
+
+    def __init__(self, front: App, settings: Settings) -> None:
+        self._front = front
+        self._settings = settings
+        self._certificate: Certificate | None = None
+        self._tls: asyncio.Future[socket.socket] = asyncio.get_running_loop().create_future()
+        self._reloaded = asyncio.Event()
+        self.listener = Server(self._app())
+
+    async def listen(self, boot: Boot) -> None:
+        """Answer at the public sockets among those that the launcher gave."""
+        await self.listener.listen(boot.socket("public"))
+        if "tls" in boot.sockets:
+            self._tls.set_result(boot.socket("tls"))
+
+    async def open_tls(self) -> None:
+        """Speak HTTPS, once there is a certificate for it; looks at each reload and by and by."""
+        sock = await self._tls
+        while not self.listener.draining:
+            self._reloaded.clear()
+            try:
+                certificate = Certificate.of(self._settings)
+            except SettingsError as error:
+                logger.error("no HTTPS until this is mended: %s", error)  # noqa: TRY400
+            else:
+                if certificate is not None:
+                    self._certificate = certificate
+                    await self.listener.listen(sock, tls=certificate.context)
+                return
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_RETRY_S):
+                    await self._reloaded.wait()
+
+    def _app(self) -> App:
+        return cors.around(self._front, cors.Policy.of(self._settings))
+
+    def reload(self, raw: dict[str, Any]) -> None:
+        """Take in what a running node may change, and the certificate as its files are now."""
+        self._settings = with_hot(self._settings, raw)
+        self.listener.app = self._app()
+        self._reloaded.set()
+        if self._certificate is None:
+            return
+        try:
+            self._certificate.reload()
+        except SettingsError as error:
+            logger.error("the certificate stays as it was: %s", error)  # noqa: TRY400
+        else:
+            logger.info("the certificate was read again")
+
+    async def finish_inference(self, *, limit_s: float = 30.0) -> None:
+        """Refuse new requests to models, and return when the open ones have ended.
+
+        All else is served on. After `limit_s` those that are still open are left as they are.
+        """
+        self._front = _refusing_inference(self._front)
+        self.listener.app = self._app()
+        try:
+            async with asyncio.timeout(limit_s):
+                while self._busy():  # noqa: ASYNC110  once in a life: no event is worth it
+                    await asyncio.sleep(_LOOK_S)
+        except TimeoutError:
+            pass
+
+    def _busy(self) -> bool:
+        return any(
+            isinstance(exchange.receiver, Inference) and not exchange.finished
+            for connection in self.listener.connections
+            for exchange in connection.queue
+        )
+
+
+def _refusing_inference(front: App) -> App:
+    def answer(exchange: Exchange) -> Receiver:
+        if not is_inference(exchange.method, exchange.path):
+            return front(exchange)
+        refuse(exchange, Unavailable("This node is stopping."))
+        return IGNORED
+
+    return answer

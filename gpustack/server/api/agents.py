@@ -1,0 +1,54 @@
+"""What workers' agents answer to this server."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
+
+from gpustack.errors import NotFound, Unavailable
+from gpustack.lib.net import url_host
+from gpustack.server.db.tables import Worker
+
+if TYPE_CHECKING:
+    import httpx
+
+CONNECT_TIMEOUT_S = 10.0
+
+
+@asynccontextmanager
+async def asked(
+    worker: Worker,
+    method: str,
+    path: str,
+    *,
+    query: dict[str, str] | None = None,
+    body: bytes | None = None,
+    read_s: float | None = CONNECT_TIMEOUT_S,
+) -> "AsyncIterator[httpx.Response]":
+    """The answer of a worker's API, status 200, its body still to come.
+
+    Args:
+        read_s: how long the worker may be silent; None: for ever.
+
+    Raises:
+        NotFound: the worker has no such thing.
+        Unavailable: it cannot be reached, or does not answer as it should.
+    """
+    import httpx  # rarely needed, and it would make every start slower
+
+    url = f"http://{url_host(worker.address)}:{worker.port}{path}"
+    headers = {"Authorization": f"Bearer {worker.agent_secret}"}
+    timeout = httpx.Timeout(CONNECT_TIMEOUT_S, read=read_s)
+    try:
+        async with (
+            httpx.AsyncClient(timeout=timeout, trust_env=False) as client,
+            client.stream(method, url, params=query, content=body, headers=headers) as answer,
+        ):
+            if answer.status_code != httpx.codes.OK:
+                text = (await answer.aread()).decode(errors="replace")[:200]
+                if answer.status_code == httpx.codes.NOT_FOUND:
+                    raise NotFound(f"worker {worker.name}: {text}")
+                raise Unavailable(f"worker {worker.name} answered {answer.status_code}: {text}")
+            yield answer
+    except httpx.HTTPError as error:
+        why = str(error) or type(error).__name__  # time-outs carry no text
+        raise Unavailable(f"worker {worker.name} cannot be reached: {why}") from None

@@ -1,0 +1,100 @@
+"""Devices of the whole cluster: what workers say they have, and how much of it is used."""
+
+from typing import Any
+
+import httpx
+import pytest
+
+from gpustack.server.db import tables
+from tests.server.conftest import Plane
+
+GIB = 1024**3
+DEVICES = "/v2/gpu-devices"
+
+
+def device(index: int, **more: Any) -> dict[str, Any]:
+    facts = {"index": index, "name": "H100", "vendor": "NVIDIA", "type": "cuda"}
+    return facts | {"uuid": f"GPU-{index}", "memory_total_bytes": 80 * GIB} | more
+
+
+async def listed(http: httpx.AsyncClient, **asked: Any) -> list[dict[str, Any]]:
+    answer = await http.get(DEVICES, params=asked)
+    assert answer.status_code == 200, answer.text
+    return list(answer.json()["items"])
+
+
+async def ids(http: httpx.AsyncClient, **asked: Any) -> list[str]:
+    return [one["id"] for one in await listed(http, **asked)]
+
+
+@pytest.fixture
+async def cluster(plane: Plane) -> Plane:
+    nvidia = [device(0, memory_used_bytes=20 * GIB, utilization_percent=50.0), device(1)]
+    await plane.worker("a", gpu_devices=nvidia)
+    npu = device(0, name="Ascend 910B", vendor="Huawei", type="", memory_total_bytes=64 * GIB)
+    await plane.worker("rack:b", gpu_devices=[npu])
+    await plane.worker("without")
+    return plane
+
+
+async def test_devices_are_known_by_worker_type_and_index(cluster: Plane) -> None:
+    admin = await cluster.admin()
+    assert await ids(admin) == ["a:cuda:0", "a:cuda:1", "rack:b:huawei:0"]
+    one = (await admin.get(f"{DEVICES}/rack:b:huawei:0")).json()
+    assert (one["worker_id"], one["worker_name"], one["worker_ip"]) == (2, "rack:b", "127.0.0.1")
+    assert (one["index"], one["vendor"], one["name"]) == (0, "Huawei", "Ascend 910B")
+
+
+@pytest.mark.parametrize("name", ["a:cuda:2", "a:rocm:0", "b:cuda:0", "a", "a:cuda:x", "a:cuda:²"])
+async def test_a_device_that_is_not_there_is_not_found(cluster: Plane, name: str) -> None:
+    answer = await (await cluster.admin()).get(f"{DEVICES}/{name}")
+    assert answer.status_code == 404
+    assert f"there is no GPU device {name}" in answer.json()["message"]
+
+
+async def test_devices_are_filtered_searched_and_sorted(cluster: Plane) -> None:
+    admin = await cluster.admin()
+    assert await ids(admin, worker_name="a", sort_by="-index") == ["a:cuda:1", "a:cuda:0"]
+    assert await ids(admin, vendor="Huawei") == ["rack:b:huawei:0"]
+    assert await ids(admin, search="RACK") == ["rack:b:huawei:0"]
+    assert await ids(admin, search="h100", worker_id=1, perPage=1, page=2) == ["a:cuda:1"]
+    assert (await ids(admin, sort_by="memory_total"))[0] == "rack:b:huawei:0"
+    assert (await ids(admin, sort_by="-worker_name"))[0] == "rack:b:huawei:0"
+
+
+async def test_a_device_shows_what_is_used_and_what_instances_claim_of_it(cluster: Plane) -> None:
+    admin = await cluster.admin()
+    (before, *_) = await listed(admin)
+    assert (before["memory"]["used"], before["core"]["utilization_rate"]) == (0, None)
+    await cluster.app.state.heartbeats.write(cluster.db)  # as every ten seconds
+    spec = {"name": "m", "source": "local_path", "local_path": "/m.gguf", "replicas": 0}
+    await admin.post("/v2/models", json=spec)
+    async with cluster.db.write() as session:
+        instance = tables.Instance(
+            name="m-abcde", model_id=1, version_id=1, worker_id=1, deleting=True,
+            claim={"ram_bytes": 1, "vram_bytes": {"0": 8 * GIB}},
+        )  # fmt: skip
+        session.add(instance)
+        await session.flush()
+        part = {"vram_bytes": {"0": 2 * GIB, "1": GIB}}
+        its = instance.key()[1]
+        session.add(tables.Member(instance_id=its, rank=0, worker_id=1, claim=part))
+    first, second, third = await listed(admin)
+    assert first["memory"] == {
+        "total": 80 * GIB, "used": 20 * GIB, "allocated": 10 * GIB, "utilization_rate": 25.0
+    }  # fmt: skip
+    assert first["core"] == {"utilization_rate": 50.0}
+    assert (second["memory"]["allocated"], third["memory"]["allocated"]) == (GIB, 0)
+    (worker, *_) = (await admin.get("/v2/workers")).json()["items"]
+    assert worker["status"]["gpu_devices"][0]["memory_used_bytes"] == 20 * GIB
+
+
+async def test_devices_go_with_what_the_worker_says_and_with_the_worker(cluster: Plane) -> None:
+    admin = await cluster.admin()
+    other = await cluster.worker("c", gpu_devices=[device(0), device(1), device(2)])
+    await other.report(gpu_devices=[device(1), device(3)])
+    assert await ids(admin, worker_name="c") == ["c:cuda:1", "c:cuda:3"]
+    await other.report()
+    assert await ids(admin, worker_name="c") == []
+    await admin.delete("/v2/workers/1")
+    assert await ids(admin) == ["rack:b:huawei:0"]

@@ -1,0 +1,172 @@
+"""Users: administrators make, change and remove them; at least one administrator stays."""
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from gpustack.schemas import wire
+from gpustack.server.auth.passwords import check_policy
+from gpustack.server.db import tables
+from tests.server.conftest import LOCAL_ADMIN, PASSWORD, Plane, Start
+
+USERS = "/v2/users"
+
+
+async def make(plane: Plane, username: str = "eve", **more: Any) -> dict[str, Any]:
+    body = {"username": username, "password": PASSWORD} | more
+    answer = await (await plane.admin()).post(USERS, json=body)
+    assert answer.status_code == 201, answer.text
+    made: dict[str, Any] = answer.json()
+    return made
+
+
+async def log_in(plane: Plane, username: str, password: str = PASSWORD) -> httpx.AsyncClient:
+    browser = await plane.through_gateway()
+    answer = await browser.post("/auth/login", data={"username": username, "password": password})
+    assert answer.status_code == 204, answer.text
+    return browser
+
+
+async def test_a_new_user_can_log_in_and_is_no_administrator(plane: Plane) -> None:
+    made = await make(plane, full_name="Eve Doe")
+    assert (made["full_name"], made["is_admin"], made["password"]) == ("Eve Doe", False, None)
+    eve = await log_in(plane, "eve")
+    assert (await eve.get("/v2/users/me")).json()["username"] == "eve"
+    for method, path in (("GET", USERS), ("POST", USERS), ("DELETE", f"{USERS}/1")):
+        assert (await eve.request(method, path, json={})).status_code == 403
+
+
+async def test_a_password_that_nobody_gave_is_made_shown_once_and_must_be_changed(
+    plane: Plane,
+) -> None:
+    made = await make(plane, password=None)
+    check_policy(made["password"])
+    eve = await log_in(plane, "eve", made["password"])
+    assert (await eve.get("/v2/models")).json()["code"] == "password_change_required"
+    assert "password" not in (await (await plane.admin()).get(f"{USERS}/2")).json()
+
+
+async def test_users_are_found_by_name_and_sorted(plane: Plane) -> None:
+    await make(plane, "bob", full_name="Robert")
+    await make(plane, "zoe", is_admin=True)
+    admin = await plane.admin()
+
+    async def found(asked: str) -> list[str]:
+        return [one["username"] for one in (await admin.get(f"{USERS}?{asked}")).json()["items"]]
+
+    assert await found("") == ["admin", "bob", "zoe"]
+    assert await found("sort_by=-username") == ["zoe", "bob", "admin"]
+    assert await found("search=ROB") == ["bob"]
+    assert await found("is_admin=true") == ["admin", "zoe"]
+    assert await found("username=zoe") == ["zoe"]
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "word"),
+    [
+        ({"username": "admin", "password": PASSWORD}, 409, "admin exists already"),
+        ({"username": "", "password": PASSWORD}, 422, "username"),
+        ({"username": "a b", "password": PASSWORD}, 422, "without spaces"),
+        ({"username": "a:b", "password": PASSWORD}, 422, "without spaces, colons"),
+        ({"username": "a\u202eb", "password": PASSWORD}, 422, "letters"),
+        ({"username": "x" * 129, "password": PASSWORD}, 422, "128"),
+        ({"username": "eve", "password": "weak-Pass"}, 422, "needs"),
+        ({"username": "eve", "full_name": "x" * 129}, 422, "full_name"),
+        ({"password": PASSWORD}, 422, "username"),
+    ],
+)
+async def test_a_user_that_cannot_be_is_refused_with_a_sentence(
+    plane: Plane, body: dict[str, str], status: int, word: str
+) -> None:
+    answer = await (await plane.admin()).post(USERS, json=body)
+    assert (answer.status_code, word in answer.json()["message"]) == (status, True), answer.text
+    assert body.get("password", "-") not in answer.text
+
+
+async def test_what_a_user_may_do_changes_at_once_for_sessions_that_are_open(plane: Plane) -> None:
+    await make(plane)
+    admin, eve = await plane.admin(), await log_in(plane, "eve")
+    assert (await eve.get(USERS)).status_code == 403
+    rights = {"username": "eve", "is_admin": True}
+    assert (await admin.put(f"{USERS}/2", json=rights)).json()["is_admin"] is True
+    assert (await eve.get(USERS)).status_code == 200
+    await admin.put(f"{USERS}/2", json=rights | {"is_admin": False})
+    assert (await eve.get(USERS)).status_code == 403
+
+
+async def test_a_new_password_ends_the_sessions_and_another_name_does_not(plane: Plane) -> None:
+    await make(plane)
+    admin, eve = await plane.admin(), await log_in(plane, "eve")
+    body = {"username": "eva", "is_admin": False}
+    assert (await admin.put(f"{USERS}/2", json=body)).status_code == 200
+    assert (await eve.get("/v2/users/me")).json()["username"] == "eva"
+    taken = await admin.put(f"{USERS}/2", json=body | {"username": "admin"})
+    assert taken.status_code == 409
+    changed = body | {"password": "Another-1", "require_password_change": True}
+    assert (await admin.put(f"{USERS}/2", json=changed)).status_code == 200
+    assert (await eve.get("/v2/users/me")).status_code == 401
+    eve = await log_in(plane, "eva", "Another-1")
+    assert (await eve.get("/v2/models")).json()["code"] == "password_change_required"
+
+
+async def test_a_removed_users_sessions_and_keys_end_and_the_gateways_hear_of_it(
+    plane: Plane,
+) -> None:
+    await make(plane)
+    eve = await log_in(plane, "eve")
+    key = (await eve.post("/v2/api-keys", json={"name": "k"})).json()["value"]
+    with_key, admin = await plane.client(key), await plane.admin()
+    async with plane.db.read() as session:
+        counter = (await session.get_one(tables.Counter, 1)).revision
+    assert (await with_key.get("/v2/users/me")).status_code == 200
+    assert (await admin.delete(f"{USERS}/2")).status_code == 204
+    for client in (eve, with_key):
+        assert (await client.get("/v2/users/me")).status_code == 401
+    assert (await admin.get(f"{USERS}/2")).status_code == 404
+    async with plane.db.read() as session:
+        rows = await session.get(tables.Change, (counter + 1, wire.CREDENTIALS, 4))
+    assert rows is not None
+    assert rows.deleted
+
+
+async def test_the_last_administrator_can_neither_be_removed_nor_step_down(plane: Plane) -> None:
+    await make(plane)
+    admin = await plane.admin()
+    for answer in (
+        await admin.delete(f"{USERS}/1"),
+        await admin.put(f"{USERS}/1", json={"username": "admin", "is_admin": False}),
+    ):
+        assert answer.status_code == 409
+        assert "admin is the last administrator" in answer.json()["message"]
+    assert (await admin.get(USERS)).status_code == 200
+
+
+async def test_of_administrators_that_remove_each_other_one_stays(plane: Plane) -> None:
+    for name in ("eve", "bob", "zoe"):
+        await make(plane, name, is_admin=True)
+    admin = await plane.admin()
+    paths = [f"{USERS}/{number}" for number in (1, 2, 3, 4)]
+    answers = await asyncio.gather(*(admin.delete(path) for path in paths))
+    assert sorted(answer.status_code for answer in answers) == [204, 204, 204, 409]
+    left = (await admin.get(USERS)).json()["items"]
+    assert [one["is_admin"] for one in left] == [True]
+
+
+async def test_the_first_administrator_may_go_and_does_not_come_back(
+    start: Start, tmp_path: Path
+) -> None:
+    """The command line of the server's own machine acts as another administrator then."""
+    plane = await start(tmp_path)
+    await make(plane, "eve", is_admin=True)
+    admin = await plane.admin()
+    assert (await admin.delete(f"{USERS}/1")).status_code == 204
+    assert (await admin.get("/v2/users/me")).json()["username"] == "eve"
+    local = await plane.through_gateway(**{wire.LOCAL_HEADER: "1"})
+    assert (await local.get("/v2/users/me")).json()["username"] == "eve"
+    await plane.stack.aclose()
+    again = await start(tmp_path)
+    answer = await (await again.client(LOCAL_ADMIN)).get(USERS)
+    assert [one["username"] for one in answer.json()["items"]] == ["eve"]

@@ -1,0 +1,14 @@
+"""The routes of an application, as it has them: nobody has to remember to list one."""
+
+from collections.abc import Iterable, Iterator
+
+
+def walk(routes: Iterable[object]) -> Iterator[tuple[str, str]]:
+    """Method and path of each route, also of those in included routers."""
+    for route in routes:
+        included = getattr(route, "original_router", None)
+        if included is not None:
+            yield from walk(included.routes)
+        else:
+            for method in sorted(getattr(route, "methods", None) or ["GET"]):
+                yield method, str(getattr(route, "path"))  # noqa: B009  no common type
