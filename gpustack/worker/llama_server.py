@@ -12,8 +12,9 @@ import os
 import signal
 import stat
 import sys
+import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, BinaryIO
 
 from gpustack.worker.llama_options import OPTIONS, Choice, Refused, parsed
 
@@ -21,6 +22,9 @@ from gpustack.worker.llama_options import OPTIONS, Choice, Refused, parsed
 #: is the vocabulary's: 10 MB for 262,144 tokens, the largest in use.
 HEADER_BYTES = 64 * 2**20
 
+#: How long llama.cpp's log may lag behind a failure, in seconds: its thread may have to wait for a
+#: busy machine, and nothing else depends on it.
+LOG_S = 3.0
 
 #: Options that mean more than setting the attribute of their name.
 _OWN = {"host", "port", "rerank", "chat_template_file"}
@@ -139,18 +143,27 @@ def _last_words(since: int | None) -> str:
     """The first error that llama.cpp logged after `since`: what follows it is consequence.
 
     llama.cpp writes straight to stderr, and holds the interpreter's lock while it loads, so
-    nothing of ours can stand between; but where stderr is a file it can be read again.
+    nothing of ours can stand between; but where stderr is a file it can be read again. A thread of
+    llama.cpp's own writes, so its words may come after the failure: they are waited for.
     """
     if since is None:
         return "llama.cpp says why in the lines above"
+    deadline = time.monotonic() + LOG_S
     try:
         with open("/dev/fd/2", "rb") as file:
-            file.seek(since)
-            lines = file.read(2**20).decode(errors="replace").splitlines()
+            while not (errors := _errors(file, since)) and time.monotonic() < deadline:
+                time.sleep(0.02)
     except OSError:
         return "llama.cpp says why in the lines above"
-    errors = [line.split(" E ", 1)[1] for line in lines if " E " in line[:24]]
     return " ".join(errors[0].split()) if errors else "llama.cpp gave no reason"
+
+
+def _errors(file: BinaryIO, since: int) -> list[str]:
+    """The errors in llama.cpp's log after `since`, of lines that are written to their end."""
+    file.seek(since)
+    text = file.read(2**20).decode(errors="replace")
+    lines = text[: text.rfind("\n") + 1].splitlines()
+    return [line.split(" E ", 1)[1] for line in lines if " E " in line[:24]]
 
 
 def _serve(given: dict[str, Any]) -> int:
@@ -186,9 +199,7 @@ def _wait() -> None:
     if hasattr(signal, "pause"):
         signal.pause()
     else:
-        import time  # Windows: a signal ends the sleep
-
-        time.sleep(3600)
+        time.sleep(3600)  # Windows: a signal ends the sleep
 
 
 def _failed(status: int, sentence: str) -> int:

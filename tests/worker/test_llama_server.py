@@ -289,6 +289,29 @@ def test_every_option_is_what_its_misspelling_may_mean() -> None:
         parsed(["--model", "m.gguf", "--lora-scald", "x"])
 
 
+LATE_WORDS = """
+import sys, threading, time
+from gpustack.worker.llama_server import _last_words, _log_size
+
+def late():
+    for part in ("0.00.1 I srv load: loading\\n0.00.2 E load: out of", " bounds\\n0.00.3 E then\\n"):
+        time.sleep(0.2)
+        sys.stderr.write(part)
+        sys.stderr.flush()
+
+before = _log_size()
+threading.Thread(target=late).start()
+print(_last_words(before))
+"""
+
+
+def test_words_that_llama_cpp_writes_after_its_failure_are_waited_for(tmp_path: Path) -> None:
+    with (tmp_path / "engine.log").open("wb") as log:
+        command = [sys.executable, "-c", LATE_WORDS]
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=log, check=True, timeout=30)
+    assert done.stdout == b"load: out of bounds\n"
+
+
 def test_weights_and_sampling_options_mean_what_llama_server_says() -> None:
     import xllamacpp as x
 
