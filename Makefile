@@ -47,7 +47,7 @@ format: install ## format the code, mend what the linter can
 test: check ## all that a laptop can show in ten minutes
 	$(PYTEST)
 
-test-slow: install ## several hosts, browsers, engines that must be built
+test-slow: install ## what takes longer: several hosts, three databases, load, kills, fuzzing
 	$(PYTEST) -m "slow and not soak" --timeout 600; code=$$?; [ $$code -eq 5 ] || exit $$code
 
 soak: install ## the full counts

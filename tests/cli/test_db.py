@@ -133,6 +133,7 @@ def test_a_node_goes_back_to_what_was_backed_up_while_it_ran(node: Node, tmp_pat
     assert node.stop() == 0
 
 
+@pytest.mark.slow
 def test_a_backup_of_a_server_that_is_written_to_is_whole(node: Node, tmp_path: Path) -> None:
     """The history and the audit log end where the counter and the chain say."""
     node.start()
@@ -166,6 +167,7 @@ def test_a_backup_of_a_server_that_is_written_to_is_whole(node: Node, tmp_path: 
     assert node.stop() == 0
 
 
+@pytest.mark.slow
 def test_a_server_that_was_killed_is_backed_up_and_kept_with_all_it_acknowledged(
     node: Node, tmp_path: Path
 ) -> None:
@@ -185,6 +187,7 @@ def test_a_server_that_was_killed_is_backed_up_and_kept_with_all_it_acknowledged
     assert ask(node.data_dir / "database.db", "SELECT count(*) FROM models") == 0
 
 
+@pytest.mark.slow
 def test_workers_end_what_the_backup_does_not_have_and_never_take_it_for_something_new(
     tmp_path: Path,
 ) -> None:
@@ -256,6 +259,7 @@ def test_a_backup_replaces_a_file_only_when_told_to(used: Path, tmp_path: Path) 
     assert file.stat().st_mode & 0o777 == 0o600
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["database.db", "database.db-wal", "link"])
 def test_a_backup_never_takes_the_place_of_the_database_that_it_is_of(
     node: Node, tmp_path: Path, name: str

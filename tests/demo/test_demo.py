@@ -89,6 +89,7 @@ def test_a_model_that_is_not_there_is_said_before_anything_starts(tmp_path: Path
     assert out == ""
 
 
+@pytest.mark.slow
 def test_a_demo_whose_reader_goes_away_still_stops_its_node(tmp_path: Path) -> None:
     folder = tmp_path / "demo"
     with demo(folder, DEMO_EXIT="1") as process:
@@ -101,6 +102,7 @@ def test_a_demo_whose_reader_goes_away_still_stops_its_node(tmp_path: Path) -> N
     assert not left_over(folder)
 
 
+@pytest.mark.slow
 def test_a_demo_whose_terminal_closes_stops_its_node(tmp_path: Path) -> None:
     folder = tmp_path / "demo"
     on_terminal = (

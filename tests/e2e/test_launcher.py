@@ -168,6 +168,7 @@ def test_a_node_that_lacks_descriptors_goes_on_and_tries_again(make_node: MakeNo
     assert node.stop() == 0
 
 
+@pytest.mark.slow
 async def test_a_stop_after_a_restart_lets_streams_end(make_node: MakeNode, models: Path) -> None:
     node = make_node().start()
     threads = ["--threads=1", "--threads-batch=1"]

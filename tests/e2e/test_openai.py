@@ -136,6 +136,7 @@ def test_what_was_used_is_in_the_database_as_the_engine_counted_it(served: Node)
         soon(used, "three requests of seven tokens are there")
 
 
+@pytest.mark.slow
 async def test_200_concurrent_streams_each_get_the_text_that_their_prompt_gets_alone(
     served: Node, key: str
 ) -> None:

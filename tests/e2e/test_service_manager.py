@@ -33,6 +33,7 @@ def holds(pid: int, one: socket.socket) -> bool:
     return inode in {os.readlink(fd) for fd in Path(f"/proc/{pid}/fd").iterdir() if fd.is_symlink()}
 
 
+@pytest.mark.slow
 def test_the_sockets_of_a_service_manager_are_the_nodes_for_good(
     make_node: MakeNode, models: Path
 ) -> None:

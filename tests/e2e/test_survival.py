@@ -78,6 +78,7 @@ async def new_role(node: Node, role: str, old: int) -> int:
     return await eventually(started, f"{role} is started again")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("model", "place"), [(SLOW, "node"), (THERE, "second")])
 async def test_the_death_of_an_agent_cuts_no_stream_and_its_engine_is_adopted(
     served: Node, second: Node, key: str, model: str, place: str
@@ -151,6 +152,7 @@ async def test_the_death_of_a_gateway_leaves_the_other_and_comes_back(
         assert (await Stream().run(openai, SLOW, "after", max_tokens=4)).whole
 
 
+@pytest.mark.slow
 async def test_a_restart_under_load_costs_no_request_and_no_engine(served: Node, key: str) -> None:
     engines = served.engine_pids()
     pid = served.said()["pid"]

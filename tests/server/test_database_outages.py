@@ -12,6 +12,7 @@ from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
+from sqlalchemy import text
 from sqlmodel import select
 
 from gpustack.errors import SettingsError
@@ -64,6 +65,18 @@ def url(between: Network, user: str, database_url: str) -> str:
 @pytest.fixture
 async def plane(start: Start, tmp_path: Path, url: str) -> Plane:
     return await start(tmp_path, database_url=url)
+
+
+async def test_a_connection_that_is_lost_before_it_is_given_back_is_no_news(
+    url: str, between: Network, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = engines.reading(parse(url))
+    async with engine.connect() as connection:
+        await connection.execute(text("SELECT 1"))
+        await connection.rollback()
+        await between.down()
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
+    await engine.dispose()
 
 
 async def test_a_database_that_goes_away_is_waited_for(

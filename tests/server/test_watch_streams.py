@@ -14,7 +14,7 @@ from sqlmodel import select
 
 from gpustack.lib.platform import listen
 from gpustack.server.db import tables
-from gpustack.server.db.database import current_revision
+from gpustack.server.db.database import current_revision, touch
 from tests.server.conftest import LOCAL_ADMIN, PASSWORD, Plane
 from tests.server.test_feed import add
 from tests.support.raw_http import Client
@@ -149,22 +149,27 @@ async def test_a_browser_that_leaves_ends_its_watch(plane: Plane) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("databases", ["sqlite"], indirect=True, scope="session")
 async def test_a_watcher_that_never_reads_costs_an_entry_per_object_and_no_writer_waits(
     plane: Plane,
 ) -> None:
-    """100,000 changes against it, in 1,000 transactions; then it reads, and sees the newest."""
+    """100,000 changes against it, in 1,001 transactions; then it reads, and sees the newest.
+
+    What a watcher costs does not depend on the database: one kind is enough.
+    """
     objects, rounds = 100, 1000
     await add(plane, *(f"m{number}" for number in range(objects)))
 
-    async def change_all(text: str) -> float:
+    async def change_all(description: str = "") -> float:
         """How long a transaction with a change of every object takes, s."""
         began = time.perf_counter()
         async with plane.db.write() as session:
             for row in (await session.exec(select(tables.Model))).all():
-                row.description = text
+                touch(session, row)
+                row.description = description
         return time.perf_counter() - began
 
-    alone = [await change_all(f"alone {turn}") for turn in range(rounds // 10)]
+    alone = [await change_all() for _ in range(rounds // 10)]
     async with served(plane) as client:
         stalled = await Client.to(client.base_url.port or 0)
         bearer = {"Authorization": f"Bearer {LOCAL_ADMIN}"}
@@ -175,12 +180,13 @@ async def test_a_watcher_that_never_reads_costs_an_entry_per_object_and_no_write
 
         await eventually(is_watching, "it watches")
         (subscription,) = plane.feed._subscriptions
-        watched = [await change_all(f"watched {turn}") for turn in range(rounds)]
+        watched = [await change_all() for _ in range(rounds)]
+        await change_all("the last")
         await _feed_is_done(plane)
         assert len(subscription.pending) == objects
         assert median(watched) < 2 * median(alone)
         assert max(watched) < 10 + max(alone)  # none of them waited for it
-        last = f'"description":"watched {rounds - 1}"'.encode()
+        last = b'"description":"the last"'
         seen = 0
         async with asyncio.timeout(60):
             while seen < objects:

@@ -294,7 +294,7 @@ import sys, threading, time
 from gpustack.worker.llama_server import _last_words, _log_size
 
 def late():
-    for part in ("0.00.1 I srv load: loading\\n0.00.2 E load: out of", " bounds\\n0.00.3 E then\\n"):
+    for part in ("0.0.1 I load: loading\\n0.0.2 E load: out of", " bounds\\n0.0.3 E then\\n"):
         time.sleep(0.2)
         sys.stderr.write(part)
         sys.stderr.flush()

@@ -100,6 +100,9 @@ def _engine(url: DatabaseUrl, *, begin: str, isolation: str, pool_size: int) -> 
             pool_recycle=RECYCLE_S,
             **common,
         )
+    # It tells with a traceback of each connection that is lost before it is given back. That one is
+    # dropped, and whoever needs the next says what is wrong.
+    logging.getLogger("sqlalchemy.pool").setLevel(logging.CRITICAL)
     _greet(engine, _GREETING[url.kind])
     _translate(engine, url)
     return engine
