@@ -2,9 +2,13 @@
 
 import asyncio
 import random
+import sqlite3
+import threading
+import time
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import UTC, datetime, timedelta, timezone
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -206,6 +210,34 @@ async def test_a_write_that_is_cancelled_anywhere_holds_no_lock(
         await add(other, user(f"other-{number}"))
     await other.close()
     assert cut
+
+
+def test_a_connection_that_is_given_up_while_it_opens_leaves_no_thread(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opening = threading.Event()
+    raised: list[threading.ExceptHookArgs] = []
+    connect = sqlite3.connect
+
+    def slowly(*args: Any, **more: Any) -> Any:
+        opening.set()
+        time.sleep(0.3)
+        return connect(*args, **more)
+
+    async def main() -> None:
+        db = Database(f"sqlite:///{tmp_path / 'new.db'}")
+        reading = asyncio.ensure_future(add(db, Counter(revision=0)))
+        assert await asyncio.to_thread(opening.wait, 10)
+        reading.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await reading
+        await db.close()
+
+    monkeypatch.setattr(sqlite3, "connect", slowly)
+    monkeypatch.setattr(threading, "excepthook", raised.append)
+    asyncio.run(main())
+    assert [one.name for one in threading.enumerate() if "_connection_worker" in one.name] == []
+    assert raised == []
 
 
 @on_servers

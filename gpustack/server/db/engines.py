@@ -86,7 +86,7 @@ def _engine(url: DatabaseUrl, *, begin: str, isolation: str, pool_size: int) -> 
     common: dict[str, Any] = {"pool_size": pool_size, "max_overflow": 0, "hide_parameters": True}
     if url.kind is Kind.SQLITE:
         engine = create_async_engine(
-            f"sqlite+aiosqlite:///{url.path}", connect_args={"timeout": LOCK_S}, **common
+            f"sqlite+aiosqlite:///{url.path}", async_creator=_opener(url), **common
         )
         _say_begin(engine, begin)
         _end_what_is_cut(engine)
@@ -106,6 +106,30 @@ def _engine(url: DatabaseUrl, *, begin: str, isolation: str, pool_size: int) -> 
     _greet(engine, _GREETING[url.kind])
     _translate(engine, url)
     return engine
+
+
+def _opener(url: DatabaseUrl) -> Callable[[], Awaitable[Any]]:
+    """What opens an SQLite database. Whoever is cancelled meanwhile leaves no thread behind.
+
+    A thread whose event loop is gone when it has opened the file ends with a traceback.
+    """
+    import aiosqlite as driver
+
+    async def opened() -> Any:
+        made: Any = driver.connect(str(url.path), timeout=LOCK_S, check_same_thread=False)
+        # As SQLAlchemy's own: a process that is told to exit does. Old ones are threads themselves.
+        getattr(made, "_thread", made).daemon = True
+        opening = asyncio.ensure_future(made)
+        try:
+            await asyncio.wait({opening})
+        except asyncio.CancelledError:
+            await asyncio.wait({opening})
+            if not opening.exception():
+                await opening.result().close()
+            raise
+        return opening.result()
+
+    return opened
 
 
 def _connector(url: DatabaseUrl) -> tuple[str, Callable[[], Awaitable[Any]]]:
