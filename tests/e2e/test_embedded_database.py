@@ -26,12 +26,14 @@ def home(node: Node) -> Path:
 
 def postmasters(node: Node) -> list[int]:
     """Every PostgreSQL server of the node's data, found without believing its pid file."""
-    return [
-        process.pid
-        for process in psutil.process_iter(["cmdline"])
+    found = {
+        process.pid: process.info["ppid"]
+        for process in psutil.process_iter(["cmdline", "ppid"])
         if f"-D {home(node) / 'data'} -c" in " ".join(process.info["cmdline"] or [])
         and process.info["cmdline"][0].endswith("/postgres")
-    ]
+    }
+    # A process of its own, just made, has no other name yet.
+    return [pid for pid, parent in found.items() if parent not in found]
 
 
 def the_postmaster(node: Node) -> int:
