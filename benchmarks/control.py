@@ -88,7 +88,7 @@ class SimulatedWorker:
         self._port = port
         run = {"machine_id": f"machine-{number}", "boot_id": "boot", "run_id": f"run-{number}"}
         self._run = run
-        self._registration = run | {"name": self.name, "address": "127.0.0.1", "port": 10150}
+        self._registration = run | {"name": self.name, "ip": "127.0.0.1", "port": 10150}
         self._devices = [
             {"index": index, "name": "GPU" + "x" * 300, "vendor": "nvidia", "type": "cuda",
              "uuid": f"GPU-{number}-{index}", "memory_total_bytes": 80 * 2**30}

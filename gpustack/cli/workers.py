@@ -33,7 +33,7 @@ def list_workers(server: Connection, as_json: bool) -> None:
         server.run(act),
         ("ID", "NAME", "ADDRESS", "STATE", "CPUS", "RAM", "GPUS", "VERSION", "LABELS", "WHY"),
         lambda w: (
-            w.id, w.name, f"{w.address}:{w.port}", w.state, *_facts(w), w.version, _labels(w),
+            w.id, w.name, f"{w.ip}:{w.port}", w.state, *_facts(w), w.version, _labels(w),
             w.state_message,
         ),
         as_json=as_json,

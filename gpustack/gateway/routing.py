@@ -136,7 +136,7 @@ def _target(tables: Tables, instance: Instance, local: int | None) -> Target | N
         worker = tables.workers.get(instance.worker_id)
         if worker is None:
             return None
-        address = (worker.address, worker.port)
+        address = (worker.ip, worker.port)
         headers.append((wire.INSTANCE_HEADER.encode(), b"%d" % instance.id))
     headers.append((b"host", f"{url_host(address[0])}:{address[1]}".encode()))
     return Target(instance.id, address, headers, last_resort=instance.state == "unreachable")

@@ -51,7 +51,7 @@ class Worker(msgspec.Struct, frozen=True):
     """See schemas.workers.Worker."""
 
     id: int
-    address: str
+    ip: str
     port: int
 
 
@@ -65,7 +65,7 @@ class Snapshot(msgspec.Struct):
     workers: list[Worker]
 
 
-SNAPSHOT_FORMAT: Final = 1
+SNAPSHOT_FORMAT: Final = 2
 
 _DECODERS: Final[dict[str, msgspec.json.Decoder[Any]]] = {
     wire.CREDENTIALS: msgspec.json.Decoder(Credential),

@@ -35,12 +35,24 @@ class Credential(Schema):
     password_change_required: bool = False
 
 
-class ApiKeyUpdate(Body):
+class ApiKeySpec(Body):
+    """What users say of a key. Its name is its user's alone to give, and only once."""
+
     name: OneLine = Field(min_length=1, max_length=128)
     description: str | None = None
 
 
-class ApiKeyCreate(ApiKeyUpdate):
+class ApiKeyUpdate(ApiKeySpec):
+    """Body of PUT /v2/api-keys/{id}.
+
+    Attributes:
+        generation: the generation that was read; a newer one is a conflict. None: do not compare.
+    """
+
+    generation: int | None = None
+
+
+class ApiKeyCreate(ApiKeySpec):
     expires_in: int | None = Field(
         None, ge=1, le=10 * 365 * 86400, description="Seconds from now, ten years at most."
     )
@@ -52,6 +64,7 @@ class ApiKey(Schema):
     description: str | None = None
     user_id: int
     prefix: str
+    generation: int
     created_at: Time
     expires_at: Time | None = None
 

@@ -114,6 +114,7 @@ class Instance(Schema):
     generation: int
     worker_id: int | None = None
     worker_name: str | None = None
+    worker_ip: str | None = None
     state: InstanceState
     state_message: str = ""
     reasons: list[Reason] = Field(default_factory=list)

@@ -31,6 +31,7 @@ class User(Schema):
 
     Attributes:
         require_password_change: nothing else can be done with the next login before that.
+        generation: of all of it and of the password; an update may name it.
     """
 
     id: int
@@ -38,6 +39,7 @@ class User(Schema):
     full_name: str | None = None
     is_admin: bool
     require_password_change: bool
+    generation: int
     created_at: Time
 
 
@@ -67,6 +69,7 @@ class UserUpdate(Body):
     Attributes:
         password: a new one; the user's sessions end. None: it stays.
         require_password_change: None: it stays.
+        generation: the generation that was read; a newer one is a conflict. None: do not compare.
     """
 
     username: Username
@@ -74,12 +77,18 @@ class UserUpdate(Body):
     is_admin: bool
     password: str | None = None
     require_password_change: bool | None = None
+    generation: int | None = None
 
 
 class MeUpdate(Body):
-    """What users may change of themselves: nothing that grants anything."""
+    """What users may change of themselves: nothing that grants anything.
+
+    Attributes:
+        generation: the generation that was read; a newer one is a conflict. None: do not compare.
+    """
 
     full_name: FullName = None
+    generation: int | None = None
 
 
 class PasswordReset(Body):

@@ -79,7 +79,7 @@ class Registration(Body):
     machine_id: str
     boot_id: str
     run_id: str
-    address: str
+    ip: str
     port: int = Field(ge=1, le=65535)
     labels: dict[str, str] = Field(default_factory=dict)
     system_reserved_ram_bytes: int = Field(0, ge=0)
@@ -124,6 +124,7 @@ class Worker(Schema):
     """A worker as the API shows it.
 
     Attributes:
+        ip: where gateways elsewhere reach it: a name where --advertise-address gives one.
         labels: the worker's own and the administrators' together; models select by these.
         admin_labels: those from administrators alone.
         generation: counts what administrators changed.
@@ -132,7 +133,7 @@ class Worker(Schema):
     id: int
     name: str
     hostname: str
-    address: str
+    ip: str
     port: int
     labels: dict[str, str]
     admin_labels: dict[str, str] = Field(default_factory=dict)

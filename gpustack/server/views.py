@@ -236,6 +236,7 @@ def instance_view(found: Found, audience: Audience) -> Instance:
         "model_name": found.model.name,
         "model_generation": found.version.generation,
         "worker_name": found.worker.name if found.worker else None,
+        "worker_ip": found.worker.ip if found.worker else None,
         "state": instance_state(row, found.worker),
         "members": [member_view(row, *member) for member in found.members],
     }

@@ -61,14 +61,14 @@ def registration(settings: Settings, server_url: str) -> Registration:
         machine_id=platform.machine_id(),
         boot_id=platform.boot_id(),
         run_id=new_secret(),
-        address=_address(settings, server_url),
+        ip=_ip(settings, server_url),
         port=settings.worker_port,
         version=__version__,
         **changeable(settings),
     )
 
 
-def _address(settings: Settings, server_url: str) -> str:
+def _ip(settings: Settings, server_url: str) -> str:
     """Where gateways elsewhere reach this worker."""
     if settings.advertise_address:
         return settings.advertise_address

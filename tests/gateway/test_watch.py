@@ -182,9 +182,9 @@ async def test_without_tables_a_gateway_is_not_ready_and_says_so(tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"{", b"[]", b'{"format": 1}', b'{"format":99,"credentials":[],"models":[],'
+    "content", [b"", b"{", b"[]", b'{"format": 2}', b'{"format":99,"credentials":[],"models":[],'
     b'"instances":[],"workers":[]}',
-    b'{"format":1,"credentials":[{"id":1,"kind":"\xff"}]}', b"[" * 3000],
+    b'{"format":2,"credentials":[{"id":1,"kind":"\xff"}]}', b"[" * 3000],
 )  # fmt: skip
 async def test_a_snapshot_that_is_not_usable_is_ignored_with_a_warning(
     tmp_path: Path, content: bytes, caplog: pytest.LogCaptureFixture

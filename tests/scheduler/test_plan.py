@@ -32,7 +32,7 @@ def worker(
             "id": worker_id,
             "name": f"w{worker_id}",
             "hostname": "h",
-            "address": "127.0.0.1",
+            "ip": "127.0.0.1",
             "port": 1,
             "labels": labels,
             "system_reserved_ram_bytes": 2 * GIB,

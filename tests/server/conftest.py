@@ -105,7 +105,7 @@ def registration(name: str = "w1", **more: Any) -> dict[str, Any]:
         "machine_id": f"machine-{name}",
         "boot_id": "boot",
         "run_id": "run",
-        "address": "127.0.0.1",
+        "ip": "127.0.0.1",
         "port": 10150,
     } | more
 

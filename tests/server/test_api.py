@@ -14,6 +14,7 @@ from gpustack.schemas import wire
 from gpustack.server.controllers.workers import ALL, SILENT_AGAIN_S, Workers
 from gpustack.server.db import tables
 from gpustack.server.heartbeats import Heartbeats
+from gpustack.server.views import USER
 from tests.server.conftest import JOIN, PASSWORD, Plane, Start, registration
 from tests.support.wait import eventually
 
@@ -296,7 +297,7 @@ async def test_a_cookie_is_not_enough_for_a_write_that_another_site_makes(plane:
     answer = await stranger.post("/v2/api-keys", json={"name": "x"}, headers=vouched)
     assert answer.status_code == 403
     own = {"Origin": "http://test", "Sec-Fetch-Site": "same-origin"}
-    assert (await browser.post("/v2/api-keys", json={"name": "x"}, headers=own)).status_code == 201
+    assert (await browser.post("/v2/api-keys", json={"name": "y"}, headers=own)).status_code == 201
 
 
 async def test_an_api_key_is_shown_once_and_works_in_each_carrier(plane: Plane) -> None:
@@ -376,6 +377,23 @@ async def test_a_worker_sees_and_writes_only_what_is_its_own(plane: Plane) -> No
     assert own["id"] == instance["id"]
 
 
+async def test_a_worker_that_is_back_at_another_address_is_news_of_its_instances(
+    plane: Plane,
+) -> None:
+    admin, agent = await plane.admin(), await plane.worker()
+    await admin.post("/v2/models", json=MODEL)
+    (instance,) = await placed(plane, admin)
+    assert instance["worker_ip"] == "127.0.0.1"
+    watch = plane.feed.watch(frozenset({wire.INSTANCES}), USER)
+    while json.loads(await anext(watch))["type"] != "synced":
+        pass
+    moved = registration(ip="10.0.0.9")
+    answer = await agent.http.put(f"/v2/workers/{agent.id}/registration", json=moved)
+    assert answer.status_code == 200
+    assert json.loads(await anext(watch))["data"]["worker_ip"] == "10.0.0.9"
+    await watch.aclose()
+
+
 async def test_joining_needs_the_token_and_a_name_that_no_other_machine_has(plane: Plane) -> None:
     stranger = await plane.client("not the token")
     answer = await stranger.post("/v2/workers/register", json=registration())
@@ -428,6 +446,7 @@ async def test_a_silent_worker_is_unreachable_with_its_instances_until_it_is_hea
 
 async def test_one_look_judges_every_worker(plane: Plane) -> None:
     first, second = await plane.worker("first"), await plane.worker("second")
+    plane.app.state.heartbeats._heard.clear()  # the plane's own control leaves all as it is
     heard = Heartbeats()
     assert (await Workers(plane.db, heard, silent_after=timedelta(0)).reconcile(ALL)) is not None
     heard.heard(first.id)

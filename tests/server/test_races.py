@@ -37,6 +37,18 @@ async def test_one_of_two_machines_that_join_under_one_name_at_once_is_told_to_c
     assert len([one for one in owners if one]) == 10  # one credential each
 
 
+@on_shared
+async def test_of_two_api_keys_of_one_name_made_at_once_one_is_refused(
+    start: Start, tmp_path: Path
+) -> None:
+    planes = [await start(tmp_path / "a"), await start(tmp_path / "b")]
+    admins = [await plane.admin() for plane in planes]
+    for turn in range(10):
+        body = {"name": f"k{turn}"}
+        made = await asyncio.gather(*(one.post("/v2/api-keys", json=body) for one in admins))
+        assert sorted(one.status_code for one in made) == [201, 409]
+
+
 async def test_who_is_deleted_while_asking_gets_no_key_and_no_session(plane: Plane) -> None:
     admin = await plane.admin()
     made = (await admin.post("/v2/users", json={"username": "u", "password": PASSWORD})).json()

@@ -238,7 +238,7 @@ async def test_a_workers_state_in_sql_is_the_one_that_it_shows(plane: Plane) -> 
 async def test_workers_are_found_by_their_state_name_and_address(plane: Plane) -> None:
     admin, joiner = await plane.admin(), await plane.client(JOIN)
     await plane.worker("ready")
-    await joiner.post("/v2/workers/register", json=registration("mute", address="10.0.0.9"))
+    await joiner.post("/v2/workers/register", json=registration("mute", ip="10.0.0.9"))
     path = "/v2/workers"
     assert await names(admin, path, state="ready") == ["ready"]
     assert await names(admin, path, state="not_ready") == ["mute"]

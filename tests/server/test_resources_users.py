@@ -170,3 +170,63 @@ async def test_the_first_administrator_may_go_and_does_not_come_back(
     again = await start(tmp_path)
     answer = await (await again.client(LOCAL_ADMIN)).get(USERS)
     assert [one["username"] for one in answer.json()["items"]] == ["eve"]
+
+
+async def test_updates_are_made_from_the_user_that_was_read(plane: Plane) -> None:
+    made = await make(plane)
+    admin, path = await plane.admin(), f"{USERS}/{made['id']}"
+    read = await admin.get(path)
+    body, seen = {"username": "eve", "is_admin": False}, {"If-Match": read.headers["etag"]}
+    answer = await admin.put(path, json=body | {"full_name": "E"}, headers=seen)
+    assert (answer.status_code, answer.headers["etag"]) == (200, '"2"')
+    assert answer.json()["generation"] == 2
+    late = await admin.put(path, json=body | {"full_name": "late"}, headers=seen)
+    assert late.status_code == 409
+    assert late.json()["message"] == "user eve is at generation 2, not 1"
+    assert late.json()["detail"]["current"] == (await admin.get(path)).json()
+    late = await admin.put(path, json=body | {"generation": 1, "password": "Better-than-2"})
+    assert late.status_code == 409  # and the password is what it was
+    eve = await log_in(plane, "eve")
+    assert (await eve.put(f"{USERS}/me", json={"full_name": "late"}, headers=seen)).json()[
+        "detail"
+    ]["current"]["full_name"] == "E"
+    mine = {"full_name": "Eve", "generation": 2}
+    assert (await eve.put(f"{USERS}/me", json=mine)).json()["generation"] == 3
+    assert (await eve.get(f"{USERS}/me")).headers["etag"] == '"3"'
+    same = await admin.put(path, json=body | {"full_name": "Eve"})
+    assert same.json()["generation"] == 3  # nothing changed
+    await admin.put(f"{path}/password", json={"password": "Better-than-2"})
+    assert (await admin.get(path)).json()["generation"] == 4
+
+
+async def test_updates_are_made_from_the_api_key_that_was_read(plane: Plane) -> None:
+    admin = await plane.admin()
+    path = f"/v2/api-keys/{(await admin.post('/v2/api-keys', json={'name': 'k'})).json()['id']}"
+    seen = {"If-Match": (await admin.get(path)).headers["etag"]}
+    answer = await admin.put(path, json={"name": "l"}, headers=seen)
+    assert (answer.status_code, answer.headers["etag"]) == (200, '"2"')
+    for late in (
+        await admin.put(path, json={"name": "late"}, headers=seen),
+        await admin.put(path, json={"name": "late", "generation": 1}),
+    ):
+        assert late.status_code == 409
+        assert late.json()["message"] == "API key l is at generation 2, not 1"
+        assert late.json()["detail"]["current"] == answer.json()
+    assert (await admin.put(path, json={"name": "last"})).json()["generation"] == 3
+
+
+async def test_a_users_api_keys_have_different_names(plane: Plane) -> None:
+    await make(plane)
+    admin, eve = await plane.admin(), await log_in(plane, "eve")
+    for name in ("a", "b"):
+        assert (await admin.post("/v2/api-keys", json={"name": name})).status_code == 201
+    assert (await eve.post("/v2/api-keys", json={"name": "a"})).status_code == 201  # hers
+    refused = await admin.post("/v2/api-keys", json={"name": "a"})
+    assert refused.status_code == 409
+    assert refused.json()["message"] == "you have an API key named a already"
+    (a, _) = (await admin.get("/v2/api-keys?sort_by=name")).json()["items"]
+    path = f"/v2/api-keys/{a['id']}"
+    assert (await admin.put(path, json={"name": "b"})).status_code == 409
+    assert (await admin.put(path, json={"name": "a", "description": "x"})).status_code == 200
+    await admin.delete(path)
+    assert (await admin.post("/v2/api-keys", json={"name": "a"})).status_code == 201

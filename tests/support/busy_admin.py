@@ -224,12 +224,12 @@ class BusyAdmin:
     # --- workers and what is on them ---------------------------------------------------------
 
     def _registration(self, name: str) -> tuple[Body, Change]:
-        address = self._new("host")
+        ip = self._new("host")
         body = {
             "name": name, "machine_id": f"machine of {name}", "boot_id": "boot", "run_id": "run",
-            "address": address, "port": 10150, "labels": {"of": self._name},
+            "ip": ip, "port": 10150, "labels": {"of": self._name},
         }  # fmt: skip
-        return body, Change({("workers", name): {"address": address}})
+        return body, Change({("workers", name): {"ip": ip}})
 
     async def _register(self) -> None:
         """A new machine; or one whose answer was cut, so that it does not know its credential."""

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -167,8 +168,9 @@ class Node:
         )
 
     def api_key(self) -> str:
+        name = {"name": f"test {time.monotonic_ns()}"}
         with self.http() as http:
-            return str(http.post("/v2/api-keys", json={"name": "test"}).json()["value"])
+            return str(http.post("/v2/api-keys", json=name).json()["value"])
 
     def deploy(self, name: str, path: Path, *, wait: str = "running", **spec: Any) -> int:
         """Deploy a local file; answers the model's id once its instances are in state `wait`."""

@@ -29,7 +29,7 @@ def instance(id: int, model_id: int, port: int | None, **more: Any) -> Object:
 
 
 def worker(id: int, port: int, **more: Any) -> Object:
-    return {"id": id, "name": f"w{id}", "address": "127.0.0.1", "port": port, **more}
+    return {"id": id, "name": f"w{id}", "ip": "127.0.0.1", "port": port, **more}
 
 
 @dataclass

@@ -20,7 +20,7 @@ async def test_a_new_worker_registers_once_and_then_shows_its_own_credential(
     assert len(plane.registrations) == 1
     (registration,) = plane.registrations
     assert registration.name == "worker-ä"
-    assert registration.address == "127.0.0.1"
+    assert registration.ip == "127.0.0.1"
     assert registration.port == node.api_port
     assert set(registration.labels) == {"os", "arch"}
     path = node.data_dir / "worker_credential"

@@ -49,14 +49,14 @@ def test_one_without_an_address_is_told_those_with_one(name: str, lack: str) -> 
 def test_a_worker_registers_with_it(name: str) -> None:
     for url, towards in (("http://127.0.0.1", "127.0.0.1"), ("http://192.0.2.1", None)):
         said = registration(load({"worker_ifname": name}, {}).settings, url)
-        assert said.address == REAL[name][0]
+        assert said.ip == REAL[name][0]
         plain = registration(load({}, {}).settings, url)
-        assert towards in (None, plain.address)
+        assert towards in (None, plain.ip)
 
 
 def test_an_advertised_address_wins_over_it() -> None:
     given = {"worker_ifname": "nope0", "advertise_address": "10.9.8.7"}
-    assert registration(load(given, {}).settings, "http://127.0.0.1").address == "10.9.8.7"
+    assert registration(load(given, {}).settings, "http://127.0.0.1").ip == "10.9.8.7"
 
 
 def test_an_interface_that_is_not_there_is_an_error_before_anything_starts(tmp_path: Path) -> None:

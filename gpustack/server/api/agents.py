@@ -35,7 +35,7 @@ async def asked(
     """
     import httpx  # rarely needed, and it would make every start slower
 
-    url = f"http://{url_host(worker.address)}:{worker.port}{path}"
+    url = f"http://{url_host(worker.ip)}:{worker.port}{path}"
     headers = {"Authorization": f"Bearer {worker.agent_secret}"}
     timeout = httpx.Timeout(CONNECT_TIMEOUT_S, read=read_s)
     try:

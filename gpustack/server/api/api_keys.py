@@ -5,8 +5,9 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from fastapi import APIRouter, Response
+from sqlmodel import select
 
-from gpustack.errors import BadRequest, NotFound, raises
+from gpustack.errors import BadRequest, Conflict, NotFound, raises
 from gpustack.lib.secrets import digest
 from gpustack.schemas import wire
 from gpustack.schemas.base import Page
@@ -18,12 +19,13 @@ from gpustack.schemas.credentials import (
     CredentialKind,
     Scope,
 )
+from gpustack.server.api.conditions import IfMatch, change, expect, tag
 from gpustack.server.api.context import Changes, Db, Id
 from gpustack.server.api.lists import Asked, WatchQuery, listed
 from gpustack.server.api.repeated import Repeated
 from gpustack.server.api.streams import WATCHED
 from gpustack.server.auth.principals import AnyUser, Principal
-from gpustack.server.db.database import ReadSession, find
+from gpustack.server.db.database import ReadSession, WriteSession, find
 from gpustack.server.db.tables import Credential
 from gpustack.server.db.users import who_asks
 
@@ -44,6 +46,7 @@ async def list_api_keys(db: Db, feed: Changes, user: AnyUser, query: Asked[KeyQu
 
 
 @router.post("", status_code=201)
+@raises(Conflict)
 async def create_api_key(db: Db, user: AnyUser, wanted: ApiKeyCreate) -> ApiKeyCreated:
     """Make a key. Its value is in this answer and nowhere else."""
     access, secret = secrets.token_hex(8), secrets.token_hex(16)
@@ -62,23 +65,45 @@ async def create_api_key(db: Db, user: AnyUser, wanted: ApiKeyCreate) -> ApiKeyC
     )
     async with db.write() as session:
         await who_asks(session, user.user_id)
+        await _expect_free(session, user, wanted.name)
         session.add(row)
     return ApiKeyCreated.model_validate(row.model_dump() | {"value": value})
 
 
 @router.get("/{key_id}")
-async def get_api_key(db: Db, user: AnyUser, key_id: Id) -> ApiKey:
+async def get_api_key(db: Db, user: AnyUser, key_id: Id, response: Response) -> ApiKey:
+    """The ETag is the generation: an update may name it in If-Match."""
     async with db.read() as session:
-        return ApiKey.model_validate(await _own(session, user, key_id), from_attributes=True)
+        row = await _own(session, user, key_id)
+    tag(response, row.generation)
+    return _view(row)
 
 
 @router.put("/{key_id}")
-async def update_api_key(db: Db, user: AnyUser, key_id: Id, wanted: ApiKeyUpdate) -> ApiKey:
-    """Change what a key is called. Its value and its end stay."""
+async def update_api_key(
+    db: Db, user: AnyUser, key_id: Id, wanted: ApiKeyUpdate, if_match: IfMatch, response: Response
+) -> ApiKey:
+    """Change what a key is called. Its value and its end stay.
+
+    Made from another generation than the present one, it is refused (409) with the key as it is.
+    Without If-Match or `generation`, the last writer wins.
+    """
     async with db.write() as session:
+        await who_asks(session, user.user_id)
         row = await _own(session, user, key_id)
-        row.sqlmodel_update(wanted.model_dump())
-    return ApiKey.model_validate(row, from_attributes=True)
+        expect(
+            session,
+            f"API key {row.name}",
+            row.generation,
+            header=if_match,
+            body=wanted.generation,
+            current=_view(row).model_dump(mode="json"),
+        )
+        if wanted.name != row.name:
+            await _expect_free(session, user, wanted.name)
+        change(row, wanted.model_dump(exclude={"generation"}))
+    tag(response, row.generation)
+    return _view(row)
 
 
 @router.delete("/{key_id}", status_code=204)
@@ -89,9 +114,25 @@ async def delete_api_key(db: Db, user: AnyUser, key_id: Id) -> Response:
     return Response(status_code=204)
 
 
+async def _expect_free(session: WriteSession, user: Principal, name: str) -> None:
+    """To a writer that has locked the user, so that nobody gives this name to a key meanwhile.
+
+    Raises:
+        Conflict: a key of the user's has it.
+    """
+    its = (Credential.user_id == user.user_id, Credential.kind == CredentialKind.KEY)
+    named = select(Credential.id).where(*its, Credential.name == name)
+    if (await session.exec(named)).first() is not None:
+        raise Conflict(f"you have an API key named {name} already")
+
+
 async def _own(session: ReadSession, user: Principal, key_id: int) -> Credential:
     """The key, if it is the user's; another's is as good as none."""
     row = await find(session, Credential, key_id)
     if row is None or row.kind != CredentialKind.KEY or row.user_id != user.user_id:
         raise NotFound(f"you have no API key with id {key_id}")
     return row
+
+
+def _view(row: Credential) -> ApiKey:
+    return ApiKey.model_validate(row, from_attributes=True)

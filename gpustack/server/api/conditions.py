@@ -1,12 +1,13 @@
 """Users' updates are compared with the generation that they were made from."""
 
 import re
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 from fastapi import Depends, Header, Response
 
 from gpustack.errors import BadRequest, Conflict, raises
-from gpustack.server.db import audit_log
+from gpustack.server.db import audit_log, tables
 from gpustack.server.db.database import WriteSession
 
 _TAG = r'(?:W/)?"[^"]*"'
@@ -28,6 +29,8 @@ def _if_match(
     return frozenset(int(tag) for tag in re.findall(r'(?<!W/)"([0-9]{1,18})"', if_match))
 
 
+#: Rows whose updates are compared.
+Generations = tables.Credential | tables.Model | tables.User | tables.Worker
 #: The generations of `If-Match`; None: the request names none.
 IfMatch = Annotated[frozenset[int] | None, Depends(_if_match)]
 
@@ -60,6 +63,13 @@ def expect(
         named = sorted({*(header or ()), *(() if body is None else (body,))} - {found})
         wanted = f", not {' or '.join(map(str, named))}" if named else ""
         raise Conflict(f"{what} is at generation {found}{wanted}", current=current)
+
+
+def change(row: Generations, values: Mapping[str, Any]) -> None:
+    """Make `values` the row's. A new generation, unless they are its values already."""
+    changes = {name: value for name, value in values.items() if getattr(row, name) != value}
+    if changes:
+        row.sqlmodel_update(changes | {"generation": row.generation + 1})
 
 
 def tag(response: Response, generation: int) -> None:

@@ -89,7 +89,7 @@ def _view(row: Device, worker: Worker, allocated: int) -> GPUDevice:
         **row.model_dump(exclude={"id"}),
         id=f"{worker.name}:{row.type}:{row.index}",
         worker_name=worker.name,
-        worker_ip=worker.address,
+        worker_ip=worker.ip,
         core=DeviceCore(utilization_rate=used.get("utilization_percent")),
         memory=DeviceMemory(
             total=total,

@@ -18,6 +18,7 @@ from gpustack.schemas.users import (
     UserCreated,
     UserUpdate,
 )
+from gpustack.server.api.conditions import IfMatch, change, expect, tag
 from gpustack.server.api.context import Db, Id
 from gpustack.server.api.lists import Asked, SearchQuery, page_of
 from gpustack.server.api.repeated import Repeated
@@ -25,10 +26,14 @@ from gpustack.server.auth import passwords
 from gpustack.server.auth.principals import Admin, AnyUser, LoggedIn
 from gpustack.server.db import tables
 from gpustack.server.db.bootstrap import new_password
-from gpustack.server.db.database import ReadSession, find
+from gpustack.server.db.database import ReadSession, WriteSession, find
 from gpustack.server.db.users import remove_user, set_password, step_down, tell_of, who_asks
 
 router = APIRouter(prefix="/v2/users", tags=["users"], route_class=Repeated)
+
+
+#: What an update says that is kept as it is said.
+_SAID = {"username", "full_name", "is_admin", "require_password_change"}
 
 
 class UserQuery(SearchQuery):
@@ -63,44 +68,60 @@ async def create_user(db: Db, admin: Admin, wanted: UserCreate) -> UserCreated:
 
 
 @router.get("/me")
-async def get_me(db: Db, user: LoggedIn) -> User:
-    """Who is asking."""
+async def get_me(db: Db, user: LoggedIn, response: Response) -> User:
+    """Who is asking. The ETag is the generation: an update may name it in If-Match."""
     async with db.read() as session:
-        return _view(await who_asks(session, user.user_id))
+        row = await who_asks(session, user.user_id)
+    tag(response, row.generation)
+    return _view(row)
 
 
 @router.put("/me")
-async def update_me(db: Db, user: AnyUser, wanted: MeUpdate) -> User:
-    """Change the own name."""
+async def update_me(
+    db: Db, user: AnyUser, wanted: MeUpdate, if_match: IfMatch, response: Response
+) -> User:
+    """Change the own name; compared as for PUT /v2/users/{id}."""
     async with db.write() as session:
         row = await who_asks(session, user.user_id)
-        row.full_name = wanted.full_name
+        _expect(session, row, if_match, wanted.generation)
+        change(row, {"full_name": wanted.full_name})
+    tag(response, row.generation)
     return _view(row)
 
 
 @router.get("/{user_id}")
-async def get_user(db: Db, admin: Admin, user_id: Id) -> User:
+async def get_user(db: Db, admin: Admin, user_id: Id, response: Response) -> User:
+    """The ETag is the generation: an update may name it in If-Match."""
     async with db.read() as session:
-        return _view(await _get(session, user_id))
+        row = await _get(session, user_id)
+    tag(response, row.generation)
+    return _view(row)
 
 
 @router.put("/{user_id}")
 @raises(Conflict, TooMany)
-async def update_user(db: Db, admin: Admin, user_id: Id, wanted: UserUpdate) -> User:
-    """Change a user. The last administrator stays one; a new password ends all sessions."""
+async def update_user(
+    db: Db, admin: Admin, user_id: Id, wanted: UserUpdate, if_match: IfMatch, response: Response
+) -> User:
+    """Change a user. The last administrator stays one; a new password ends all sessions.
+
+    Made from another generation than the present one, it is refused (409) with the user as it is.
+    Without If-Match or `generation`, the last writer wins.
+    """
     hashed = (await _password(wanted.password))[1] if wanted.password is not None else None
     with _name_is_free(wanted.username):
         async with db.write() as session:
             row = await _get(session, user_id)
+            _expect(session, row, if_match, wanted.generation)
             if row.is_admin and not wanted.is_admin:
                 await step_down(session, row)
-            row.sqlmodel_update(wanted.model_dump(include={"username", "full_name", "is_admin"}))
-            if wanted.require_password_change is not None:
-                row.require_password_change = wanted.require_password_change
+            said = wanted.model_dump(include=_SAID, exclude_none=True)
+            change(row, {"full_name": None} | said)
             await tell_of(session, row)
             if hashed is not None:
                 must_change = row.require_password_change
                 await set_password(session, row, hashed, must_change=must_change)
+    tag(response, row.generation)
     return _view(row)
 
 
@@ -147,6 +168,19 @@ def _name_is_free(username: str) -> Iterator[None]:
         yield
     except IntegrityError:
         raise Conflict(f"a user named {username} exists already") from None
+
+
+def _expect(
+    session: WriteSession, row: tables.User, if_match: frozenset[int] | None, body: int | None
+) -> None:
+    expect(
+        session,
+        f"user {row.username}",
+        row.generation,
+        header=if_match,
+        body=body,
+        current=_view(row).model_dump(mode="json"),
+    )
 
 
 async def _get(session: ReadSession, user_id: int) -> tables.User:

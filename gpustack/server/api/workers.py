@@ -20,7 +20,7 @@ from gpustack.schemas.workers import (
     WorkerStatus,
     WorkerUpdate,
 )
-from gpustack.server.api.conditions import IfMatch, expect, tag
+from gpustack.server.api.conditions import IfMatch, change, expect, tag
 from gpustack.server.api.context import Beats, Changes, Db, Id
 from gpustack.server.api.lists import Asked, WatchQuery, listed
 from gpustack.server.api.repeated import Repeated
@@ -31,7 +31,7 @@ from gpustack.server.db.database import WriteSession, get
 from gpustack.server.db.devices import set_devices
 from gpustack.server.db.instances import begin_end, on_worker, remove
 from gpustack.server.db.states import worker_state
-from gpustack.server.db.workers import set_silent
+from gpustack.server.db.workers import is_back
 from gpustack.server.heartbeats import Heartbeats
 from gpustack.server.views import worker_view
 
@@ -41,8 +41,8 @@ router = APIRouter(prefix="/v2/workers", tags=["workers"], route_class=Repeated)
 class WorkerQuery(WatchQuery):
     TABLE, KIND = tables.Worker, wire.WORKERS
     COLUMNS = {"state": worker_state()}
-    SEARCHED = ("name", "hostname", "address")
-    SORTED = ("name", "address", "state", "created_at", "updated_at")
+    SEARCHED = ("name", "hostname", "ip")
+    SORTED = ("name", "ip", "state", "created_at", "updated_at")
 
     name: str | None = None
     state: list[WorkerState] = []
@@ -82,9 +82,7 @@ async def update_worker(
             body=wanted.generation,
             current=worker_view(row).model_dump(mode="json"),
         )
-        if row.admin_labels != wanted.labels:
-            row.admin_labels = wanted.labels
-            row.generation += 1
+        change(row, {"admin_labels": wanted.labels})
     tag(response, row.generation)
     return worker_view(row)
 
@@ -165,9 +163,8 @@ async def _enrol(
                 f"a worker named {body.name} exists already {where}: choose another "
                 "--worker-name, or delete that worker first"
             )
-        row.sqlmodel_update(body.model_dump())
         row.agent_secret = new_secret()
-        await set_silent(session, row, silent=False)
+        await is_back(session, row, body.model_dump())
     session.add(row)
     await session.flush()
     return row
@@ -187,8 +184,7 @@ async def announce_worker(
                 f"worker {row.name} is running on another machine: two machines must not share "
                 "a copy of one data directory; remove worker_credential from this one's"
             )
-        row.sqlmodel_update(body.model_dump(exclude={"name"}))
-        await set_silent(session, row, silent=False)
+        await is_back(session, row, body.model_dump(exclude={"name"}))
         cluster = await session.get_one(tables.Cluster, 1)
     heartbeats.heard(worker_id)
     return Registered(

@@ -87,7 +87,7 @@ AUDITED: Final[Mapping[type, Subject]] = {
     tables.Worker: Subject(
         wire.WORKERS,
         "name",
-        frozenset({"name", "address", "port", "admin_labels"}),
+        frozenset({"name", "ip", "port", "admin_labels"}),
         frozenset(
             {"id", "revision", "generation", "hostname", "machine_id", "boot_id", "run_id",
              "labels", "system_reserved_ram_bytes", "system_reserved_vram_bytes", "version",
@@ -112,14 +112,16 @@ AUDITED: Final[Mapping[type, Subject]] = {
         "users",
         "username",
         frozenset({"username", "full_name", "is_admin", "require_password_change"}),
-        frozenset({"id", "created_at"}),
+        frozenset({"id", "generation", "created_at"}),
         {"password_hash": "password"},
     ),
     tables.Credential: Subject(
         wire.API_KEYS,
         "name",
         frozenset({"name", "description", "prefix", "user_id", "scopes", "expires_at"}),
-        frozenset({"id", "revision", "kind", "digest", "worker_id", "created_at"}),
+        frozenset(
+            {"id", "revision", "generation", "kind", "digest", "worker_id", "created_at"}
+        ),
     ),
 }  # fmt: skip
 

@@ -128,11 +128,16 @@ class User(SQLModel, table=True):
     password_hash: str = _text()
     is_admin: bool = False
     require_password_change: bool = False
+    generation: int = 1
     created_at: datetime = _time(default_factory=now)
 
 
 class Credential(Watched, table=True):
-    """Every secret that opens something, by its SHA-256 digest."""
+    """Every secret that opens something, by its SHA-256 digest.
+
+    Attributes:
+        generation: of what its user says of an API key: name and description.
+    """
 
     __tablename__ = "credentials"
     __table_args__ = {"sqlite_autoincrement": True}
@@ -147,6 +152,7 @@ class Credential(Watched, table=True):
     worker_id: int | None = _id(default=None, foreign_key="workers.id", index=True)
     scopes: list[str] = _json()
     expires_at: datetime | None = _time(default=None)
+    generation: int = 1
     created_at: datetime = _time(default_factory=now)
 
     def shown_as(self) -> dict[str, int | None]:
@@ -169,7 +175,7 @@ class Worker(Watched, table=True):
     machine_id: str = _text()
     boot_id: str = _text()
     run_id: str = _text()
-    address: str = _text()
+    ip: str = _text()
     port: int
     labels: dict[str, str] = _json()
     system_reserved_ram_bytes: int = Field(sa_type=BigInteger)

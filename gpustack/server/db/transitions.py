@@ -26,7 +26,7 @@ _MODEL_SPEC = (
     "name", "description", "replicas", "placement_strategy", "worker_selector", "restart_on_error"
 )  # fmt: skip
 _REGISTRATION = (
-    "name", "hostname", "machine_id", "address", "port", "labels", "system_reserved_ram_bytes",
+    "name", "hostname", "machine_id", "ip", "port", "labels", "system_reserved_ram_bytes",
     "system_reserved_vram_bytes", "version",
 )  # fmt: skip
 #: Numbers that differ each time the same thing happens; how a process ended is not one of them.
@@ -124,13 +124,13 @@ def _worker(diff: Diff, around: Around) -> Iterator[Happening]:
     row: Worker = diff.row
     about = _about(wire.WORKERS, row)
     if diff.made:
-        yield about(EventType.REGISTERED, f"at {row.address}:{row.port}")
+        yield about(EventType.REGISTERED, f"at {row.ip}:{row.port}")
         return
     if diff.gone:
         yield about(EventType.GONE)
         return
     if diff.changed("agent_secret"):
-        yield about(EventType.REGISTERED, f"again, at {row.address}:{row.port}")
+        yield about(EventType.REGISTERED, f"again, at {row.ip}:{row.port}")
     elif diff.changed("run_id"):
         what = "its machine" if diff.changed("boot_id") else "its agent"
         yield about(EventType.RESTARTED, f"{what} was started again")

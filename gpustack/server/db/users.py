@@ -41,6 +41,7 @@ async def set_password(
         keep: the credential's id of the one session that goes on.
     """
     user.password_hash = password_hash
+    user.generation += 1
     user.require_password_change = must_change
     sessions = (Credential.user_id == user.id, Credential.kind == CredentialKind.SESSION)
     for one in (await session.exec(select(Credential).where(*sessions))).all():
@@ -68,6 +69,7 @@ async def step_down(session: WriteSession, user: User) -> None:
     if other is None:
         raise Conflict(f"{user.username} is the last administrator: make another user one first")
     user.is_admin = False
+    user.generation += 1
     # On its own machine a server's command line acts as an administrator: as another one now.
     local = (Credential.user_id == user.id, Credential.kind == CredentialKind.LOCAL)
     for one in (await session.exec(select(Credential).where(*local))).all():

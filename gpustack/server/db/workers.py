@@ -1,10 +1,21 @@
-"""Silence of a worker, and all that shows it."""
+"""What a worker says of itself, its silence, and all that shows either."""
+
+from typing import Any
 
 from sqlmodel import col, select
 
 from gpustack.server.db.database import WriteSession, touch
 from gpustack.server.db.instances import on_worker
 from gpustack.server.db.tables import Model, Worker
+
+
+async def is_back(session: WriteSession, worker: Worker, said: dict[str, Any]) -> None:
+    """The worker registers again, and says this of itself."""
+    if worker.ip != said["ip"]:
+        for instance in await on_worker(session, worker.key()[1]):
+            touch(session, instance)
+    worker.sqlmodel_update(said)
+    await set_silent(session, worker, silent=False)
 
 
 async def set_silent(session: WriteSession, worker: Worker, *, silent: bool) -> None:

@@ -1,0 +1,31 @@
+"""generations of users and API keys; a worker's address is called ip"""
+
+from collections.abc import Sequence
+
+import sqlalchemy as sa
+from alembic import op
+
+revision: str = "0008"
+down_revision: str | None = "0007"
+branch_labels: str | Sequence[str] | None = None
+depends_on: str | Sequence[str] | None = None
+
+TABLES = ("users", "credentials")
+
+
+def upgrade() -> None:
+    for table in TABLES:
+        with op.batch_alter_table(table, schema=None) as batch_op:
+            # The default is for the rows that are there; new ones always bring values.
+            batch_op.add_column(
+                sa.Column("generation", sa.Integer(), server_default="1", nullable=False)
+            )
+    op.execute("ALTER TABLE workers RENAME COLUMN address TO ip")
+
+
+def downgrade() -> None:
+    op.execute("ALTER TABLE workers RENAME COLUMN ip TO address")
+    # Made anew, the tables would forget which ids they have given.
+    for table in TABLES:
+        with op.batch_alter_table(table, schema=None, recreate="never") as batch_op:
+            batch_op.drop_column("generation")
