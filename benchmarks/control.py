@@ -123,7 +123,7 @@ class SimulatedWorker:
             await asyncio.sleep(period_s)
 
     async def _beat(self) -> None:
-        status, body = await self._line.ask("POST", f"/v2/workers/{self.id}/heartbeat", self._run)
+        status, body = await self._line.ask("PUT", f"/v2/workers/{self.id}/heartbeat", self._run)
         assert status == 204, body
 
     async def _tell(self) -> None:
@@ -285,7 +285,7 @@ def multiply(database: Path, instances: int) -> None:
 async def measure(
     node: Node, workers: Sequence[SimulatedWorker], instances: int, seconds: float
 ) -> dict[str, float]:
-    """What the server takes while nothing changes, and how long what people do takes then."""
+    """What the server takes while nothing changes; and with people at work, how long they wait."""
     token, _ = secrets(node)
     admin = Connection(node.port, token)
     (server,) = node.pids("server")
@@ -295,14 +295,18 @@ async def measure(
         await until_all_run(workers, instances)
         await asyncio.sleep(STATUS_S)  # each has spoken once
         before, gates = cpu_s(server), sum(map(cpu_s, gateways))
-        taken = await pages(admin, seconds, instances)
+        await asyncio.sleep(seconds)
         used, passed = cpu_s(server) - before, sum(map(cpu_s, gateways)) - gates
+        before = cpu_s(server)
+        taken = await pages(admin, seconds, instances)
+        read = cpu_s(server) - before
         figures = {
             "server, % of one core": used / seconds * 100,
             "server, resident MB": resident_mb(server),
             "list pages, p99 ms": statistics.quantiles(taken, n=100)[98],
             "a change reaches 1,000 watchers, ms": await fan_out(node, admin, token),
             "list pages, median ms": statistics.median(taken),
+            "server while list pages are read, % of one core": read / seconds * 100,
             "gateways, % of one core": passed / seconds * 100,
         }
         for task in tasks:
@@ -314,7 +318,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--workers", type=int, default=1000)
     parser.add_argument("--instances", type=int, default=10_000)
-    parser.add_argument("--steady", type=float, default=60.0, help="seconds that are measured")
+    parser.add_argument("--steady", type=float, default=60.0, help="seconds of each phase")
     given = parser.parse_args()
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))

@@ -19,7 +19,7 @@ class AgentClient(Caller):
         return await self.one("PUT", path, Registered, registration)
 
     async def heartbeat(self, worker_id: int, beat: Heartbeat) -> None:
-        await self.call("POST", f"/v2/workers/{worker_id}/heartbeat", beat)
+        await self.call("PUT", f"/v2/workers/{worker_id}/heartbeat", beat)
 
     async def report_worker(self, worker_id: int, status: WorkerStatus) -> None:
         await self.call("PUT", f"/v2/workers/{worker_id}/status", status)

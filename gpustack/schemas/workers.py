@@ -32,7 +32,7 @@ class Device(Schema):
     utilization_percent: float | None = None
 
 
-class WorkerStatus(Body):
+class WorkerStatus(Schema):
     """What a worker has (facts), and how much of it is used now (measured).
 
     A change of a fact is news to whoever watches; measured use is not.
@@ -69,6 +69,10 @@ class WorkerStatus(Body):
             "gpu_percent": sum(busy) / len(busy) if busy else None,
             "vram_used_bytes": sum(one.memory_used_bytes for one in devices),
         }
+
+
+class WorkerReport(WorkerStatus, Body):
+    """Body of PUT /v2/workers/{id}/status."""
 
 
 class Registration(Body):

@@ -2,9 +2,11 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 from pydantic import BaseModel
+from sqlalchemy.orm import load_only
+from sqlalchemy.orm.interfaces import ORMOption
 from sqlmodel import col, select
 
 from gpustack.schemas import wire
@@ -75,6 +77,11 @@ VISIBLE = {
     CredentialKind.GATEWAY: {wire.MODELS, wire.INSTANCES, wire.WORKERS, wire.CREDENTIALS},
     CredentialKind.WORKER: {wire.INSTANCES, wire.MODEL_FILES},
 }
+
+
+#: What an instance shows of its workers. What they have is long, and would be read for nothing.
+_WORKER: Any = tables.Worker  # whose attributes are columns to SQLAlchemy
+SHOWN_OF_WORKERS: Final = load_only(_WORKER.name, _WORKER.ip, _WORKER.silent, raiseload=True)
 
 
 @dataclass(frozen=True)
@@ -178,19 +185,20 @@ async def with_versions(session: ReadSession, rows: Any) -> list[Found]:
 async def with_parents(session: ReadSession, rows: Any) -> list[Found]:
     """Instances with their model, version, worker and members."""
 
-    async def by_id(table: Any, ids: set[int | None]) -> dict[int, Any]:
-        found = await session.exec(select(table).where(col(table.id).in_(ids - {None})))
-        return {row.id: row for row in found.all()}
+    async def by_id(table: Any, ids: set[int | None], *options: ORMOption) -> dict[int, Any]:
+        these = select(table).where(col(table.id).in_(ids - {None}))
+        return {row.id: row for row in (await session.exec(these.options(*options))).all()}
 
     models = await by_id(tables.Model, {row.model_id for row in rows})
     versions = await by_id(tables.ModelVersion, {row.version_id for row in rows})
-    workers = await by_id(tables.Worker, {row.worker_id for row in rows})
+    workers = await by_id(tables.Worker, {row.worker_id for row in rows}, SHOWN_OF_WORKERS)
     members: dict[int, list[tuple[tables.Member, tables.Worker]]] = {row.id: [] for row in rows}
     parts = (
         select(tables.Member, tables.Worker)
         .join(tables.Worker, col(tables.Worker.id) == tables.Member.worker_id)
         .where(col(tables.Member.instance_id).in_(members))
         .order_by(col(tables.Member.rank))
+        .options(SHOWN_OF_WORKERS)
     )
     for member, on in (await session.exec(parts)).all():
         members[member.instance_id].append((member, on))

@@ -122,7 +122,7 @@ SESSIONS = {("POST", "/auth/login"), ("POST", "/auth/logout")}
 NOT_FOR_USERS = {
     ("POST", "/v2/workers/register"): 401,
     ("PUT", "/v2/workers/{worker_id}/registration"): 403,
-    ("POST", "/v2/workers/{worker_id}/heartbeat"): 403,
+    ("PUT", "/v2/workers/{worker_id}/heartbeat"): 403,
     ("PUT", "/v2/workers/{worker_id}/status"): 403,
     ("PUT", "/v2/model-instances/{instance_id}/status"): 403,
     ("PUT", "/v2/model-files/{file_id}/status"): 403,

@@ -76,7 +76,7 @@ async def test_the_status_is_told_at_once_and_then_again_and_again(
 async def test_a_heartbeat_that_another_machine_contests_is_said_once(
     node: Node, plane: ControlPlane, caplog: pytest.LogCaptureFixture
 ) -> None:
-    plane.refuse["POST /v2/workers/1/heartbeat"] = 409
+    plane.refuse["PUT /v2/workers/1/heartbeat"] = 409
     with caplog.at_level(logging.WARNING):
         async with node.agent():
             await plane.until(lambda: plane.refused >= 4)

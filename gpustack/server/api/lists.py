@@ -8,14 +8,14 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from datetime import date
 from typing import Annotated, Any, ClassVar, Self, TypeVar
 
-from fastapi import Query
+from fastapi import Query, Response
 from pydantic import BaseModel, BeforeValidator, Field, field_validator
 from sqlalchemy import ColumnElement, GenerativeSelect, func, or_
 from sqlmodel import select
 
 from gpustack.errors import BadRequest, Forbidden
 from gpustack.schemas.base import Input, Page, Pagination
-from gpustack.server.api.streams import WatchResponse, watch_of
+from gpustack.server.api.streams import watch_of
 from gpustack.server.auth.principals import Principal
 from gpustack.server.db.database import Database, ReadSession
 from gpustack.server.feed import Feed
@@ -156,10 +156,10 @@ def words(sort_by: str | None) -> list[str]:
     return sort_by.split(",") if sort_by is not None else []
 
 
-async def listed(
-    db: Database, feed: Feed, principal: Principal, asked: WatchQuery
-) -> Page[Any] | WatchResponse:
+async def listed(db: Database, feed: Feed, principal: Principal, asked: WatchQuery) -> Response:
     """The list of a watched kind as `principal` sees it: a page, or its watch.
+
+    A page is written here: FastAPI would check each object of it once more.
 
     Raises:
         BadRequest: filters came with a watch.
@@ -174,7 +174,8 @@ async def listed(
     async def show(session: ReadSession, ids: Sequence[int]) -> Mapping[int, BaseModel]:
         return {one.id: one.view(audience) for one in await load_ids(session, kind, ids)}
 
-    return await page_of(db, asked, show, *rows_for(kind, audience))
+    page = await page_of(db, asked, show, *rows_for(kind, audience))
+    return Response(page.model_dump_json(), media_type="application/json")
 
 
 async def page_of(

@@ -16,8 +16,8 @@ from gpustack.schemas.workers import (
     Registered,
     Registration,
     Worker,
+    WorkerReport,
     WorkerState,
-    WorkerStatus,
     WorkerUpdate,
 )
 from gpustack.server.api.conditions import IfMatch, change, expect, tag
@@ -192,7 +192,7 @@ async def announce_worker(
     )
 
 
-@router.post("/{worker_id}/heartbeat", status_code=204)
+@router.put("/{worker_id}/heartbeat", status_code=204)
 @raises(Conflict)
 async def beat(
     db: Db, heartbeats: Beats, worker: WorkerAgent, worker_id: Id, body: Heartbeat
@@ -214,7 +214,7 @@ async def beat(
 
 @router.put("/{worker_id}/status", status_code=204)
 async def report_worker(
-    db: Db, heartbeats: Beats, worker: WorkerAgent, worker_id: Id, body: WorkerStatus
+    db: Db, heartbeats: Beats, worker: WorkerAgent, worker_id: Id, body: WorkerReport
 ) -> Response:
     """What the worker has. News only when a fact changed; measured use takes no revision."""
     _own(worker, worker_id)

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping
 
 from sqlalchemy import case, func
-from sqlmodel import col, or_, select
+from sqlmodel import and_, col, or_, select
 
 from gpustack.schemas.instances import InstanceState
 from gpustack.schemas.models import Rollout, RolloutState, VersionCount
@@ -37,8 +37,10 @@ async def rollouts_of(
 
 async def _uses(session: ReadSession, models: Iterable[int]) -> dict[int, _Uses]:
     """Of each model, how its instances divide into versions; those being ended are left out."""
-    answers = (col(Instance.reported_state) == InstanceState.RUNNING) & col(Worker.silent).is_(
-        False
+    silent = select(Worker.id).where(col(Worker.silent))
+    answers = and_(
+        col(Instance.reported_state) == InstanceState.RUNNING,
+        col(Instance.worker_id).not_in(silent),
     )
     query = (
         select(
@@ -47,7 +49,6 @@ async def _uses(session: ReadSession, models: Iterable[int]) -> dict[int, _Uses]
             func.count(col(Instance.id)),
             func.sum(case((answers, 1), else_=0)),
         )
-        .outerjoin(Worker, col(Worker.id) == Instance.worker_id)
         .where(col(Instance.model_id).in_(models), col(Instance.deleting).is_(False))
         .group_by(col(Instance.model_id), col(Instance.version_id))
     )

@@ -192,7 +192,7 @@ class Worker(Watched, table=True):
     heartbeat_at: datetime | None = _time(default=None)
     # the server's own
     agent_secret: str = _text()
-    silent: bool = False
+    silent: bool = Field(default=False, index=True)
     created_at: datetime = _time(default_factory=now)
     updated_at: datetime = _time(default_factory=now, sa_column_kwargs={"onupdate": now})
 
@@ -297,11 +297,18 @@ class Instance(Watched, table=True):
     """
 
     __tablename__ = "model_instances"
-    __table_args__ = {"sqlite_autoincrement": True}
+    __table_args__ = (
+        # All that a rollout counts: no row is read for it.
+        Index(
+            "ix_model_instances_uses",
+            "model_id", "version_id", "deleting", "reported_state", "worker_id",
+        ),
+        {"sqlite_autoincrement": True},
+    )  # fmt: skip
     KIND: ClassVar[str] = wire.INSTANCES
 
     name: str = _text(140, unique=True)
-    model_id: int = _id(foreign_key="models.id", index=True)
+    model_id: int = _id(foreign_key="models.id")
     version_id: int = _id(foreign_key="model_versions.id")
     generation: int = 1
     # placement: written once; a distributed instance's claims are its members'
