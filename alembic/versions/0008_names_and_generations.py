@@ -1,9 +1,11 @@
-"""generations of users and API keys, a worker's ip, and indexes of what is counted often"""
+"""generations, disabled users, what API keys may do, a worker's ip, indexes of what is counted"""
 
 from collections.abc import Sequence
 
 import sqlalchemy as sa
 from alembic import op
+
+from gpustack.server.db import types
 
 revision: str = "0008"
 down_revision: str | None = "0007"
@@ -20,6 +22,13 @@ def upgrade() -> None:
             batch_op.add_column(
                 sa.Column("generation", sa.Integer(), server_default="1", nullable=False)
             )
+    with op.batch_alter_table("users", schema=None) as batch_op:
+        batch_op.add_column(
+            sa.Column("is_active", sa.Boolean(), server_default=sa.true(), nullable=False)
+        )
+    with op.batch_alter_table("credentials", schema=None) as batch_op:
+        batch_op.add_column(sa.Column("allowed_model_names", sa.JSON(), nullable=True))
+        batch_op.add_column(sa.Column("last_used_at", types.Time(), nullable=True))
     op.execute("ALTER TABLE workers RENAME COLUMN address TO ip")
     op.create_index(op.f("ix_workers_silent"), "workers", ["silent"])
     # It takes the other's place; MySQL wants one of them at any time, for the foreign key.
@@ -37,6 +46,11 @@ def downgrade() -> None:
     op.drop_index(op.f("ix_workers_silent"), table_name="workers")
     op.execute("ALTER TABLE workers RENAME COLUMN ip TO address")
     # Made anew, the tables would forget which ids they have given.
+    with op.batch_alter_table("credentials", schema=None, recreate="never") as batch_op:
+        batch_op.drop_column("last_used_at")
+        batch_op.drop_column("allowed_model_names")
+    with op.batch_alter_table("users", schema=None, recreate="never") as batch_op:
+        batch_op.drop_column("is_active")
     for table in TABLES:
         with op.batch_alter_table(table, schema=None, recreate="never") as batch_op:
             batch_op.drop_column("generation")

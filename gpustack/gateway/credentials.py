@@ -31,17 +31,25 @@ def check(credential: Credential, *, cookie: bool, method: str, headers: Headers
         cookie: a browser sent it by itself, whatever page asked.
 
     Raises:
-        Unauthorized: it has expired.
+        Unauthorized: it has expired, or its user is disabled.
         Forbidden: it may not, or a foreign page used a browser's cookie.
     """
     if credential.expires_at is not None and credential.expires_at <= datetime.now(UTC):
         raise Unauthorized("This credential has expired.")
+    if credential.user_disabled:
+        raise Unauthorized("The user of this credential is disabled.")
     if credential.kind not in _MAY_INFER or _SCOPES.isdisjoint(credential.scopes):
         raise Forbidden("This credential may not run models.")
     if credential.password_change_required:
         raise PasswordChangeRequired()
     if cookie and method not in ("GET", "HEAD") and _is_foreign(headers):
         raise Forbidden("A page of another origin may not use this session.")
+
+
+def may_run(credential: Credential | None, model: str) -> bool:
+    """Whether the model is one of those that the credential is for. Nobody's is for all."""
+    allowed = None if credential is None else credential.allowed_model_names
+    return allowed is None or model in allowed
 
 
 def _is_foreign(headers: Headers) -> bool:

@@ -3,16 +3,17 @@
 from typing import Final
 from urllib.parse import unquote
 
-from gpustack.errors import GPUStackError, NotFound, Unavailable
+from gpustack.errors import Forbidden, GPUStackError, NotFound, Unavailable
 from gpustack.forward.exchange import IGNORED, Exchange, Receiver
 from gpustack.forward.upstream import Failure
 from gpustack.gateway.answers import MethodNotAllowed, ModelNotFound, openai, refuse
+from gpustack.gateway.credentials import may_run
 from gpustack.gateway.inference import Inference
 from gpustack.gateway.passing import Passing, is_endless, without_private
 from gpustack.gateway.plane import Plane, Stranger
 from gpustack.gateway.probes import PROBE_PATHS, probe
 from gpustack.gateway.routes import MODELS, OPERATIONS, PREFIXES, RERANK, WATCH
-from gpustack.gateway.tables import Model
+from gpustack.gateway.tables import Credential, Model
 from gpustack.schemas import wire
 
 _PRIVATE: Final = wire.PRIVATE_PREFIX.encode()
@@ -85,8 +86,7 @@ class Asking:
 
     def begin(self) -> Receiver:
         try:
-            self._plane.identify(self._exchange)
-            self._answer()
+            self._answer(self._plane.identify(self._exchange))
         except (Stranger, ModelNotFound):
             self._plane.later(self._exchange, self._again())
         except GPUStackError as error:
@@ -97,10 +97,9 @@ class Asking:
         await self._plane.again(self._begin_again)
 
     def _begin_again(self) -> None:
-        self._plane.identify(self._exchange)
-        self._answer()
+        self._answer(self._plane.identify(self._exchange))
 
-    def _answer(self) -> None:
+    def _answer(self, credential: Credential | None) -> None:
         operation, tables = self._operation, self._plane.tables
         if operation in OPERATIONS:
             raise MethodNotAllowed(f"Use POST for /v1/{operation}.")
@@ -109,10 +108,16 @@ class Asking:
         if self._exchange.method not in ("GET", "HEAD"):
             raise MethodNotAllowed(f"Use GET for /v1/{operation}.")
         if operation == MODELS:
-            there = [_shown(m) for m in tables.models.values() if not m.deleting]
+            there = [
+                _shown(model)
+                for model in tables.models.values()
+                if not model.deleting and may_run(credential, model.name)
+            ]
             self._exchange.respond_json(200, {"object": "list", "data": there})
             return
         name = unquote(operation[len(_MODEL) :])
+        if not may_run(credential, name):
+            raise Forbidden(f"This API key is not for the model {name!r}.")
         model = tables.by_name.get(name)
         if model is None or model.deleting:
             raise ModelNotFound(f"The model {name!r} does not exist.", param="model")

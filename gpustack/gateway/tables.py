@@ -22,8 +22,10 @@ class Credential(msgspec.Struct, frozen=True):
     scopes: tuple[str, ...]
     user_id: int | None = None
     worker_id: int | None = None
+    allowed_model_names: frozenset[str] | None = None
     expires_at: datetime | None = None
     password_change_required: bool = False
+    user_disabled: bool = False
 
 
 class Model(msgspec.Struct, frozen=True):

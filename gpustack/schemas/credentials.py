@@ -1,10 +1,12 @@
 """Who may do what: one table for every secret that opens something."""
 
 from enum import StrEnum
+from typing import Annotated
 
-from pydantic import Field
+from pydantic import AfterValidator, Field, Strict
 
 from gpustack.schemas.base import Body, OneLine, Schema, Time
+from gpustack.schemas.models import Name
 
 
 class CredentialKind(StrEnum):
@@ -31,8 +33,20 @@ class Credential(Schema):
     user_id: int | None = None
     worker_id: int | None = None
     scopes: list[Scope]
+    allowed_model_names: list[str] | None = None
     expires_at: Time | None = None
     password_change_required: bool = False
+    user_disabled: bool = False
+
+
+Scopes = Annotated[
+    list[Annotated[Scope, Strict(False)]],
+    Field(min_length=1, max_length=len(Scope)),
+    AfterValidator(lambda scopes: sorted(set(scopes))),
+]
+ModelNames = Annotated[
+    list[Name], Field(max_length=1000), AfterValidator(lambda names: sorted(set(names)))
+]
 
 
 class ApiKeySpec(Body):
@@ -46,27 +60,51 @@ class ApiKeyUpdate(ApiKeySpec):
     """Body of PUT /v2/api-keys/{id}.
 
     Attributes:
+        scope: what it is for; None: as before.
+        allowed_model_names: it runs no others; None: all. As before where it is not said.
         generation: the generation that was read; a newer one is a conflict. None: do not compare.
     """
 
+    scope: Scopes | None = None
+    allowed_model_names: ModelNames | None = None
     generation: int | None = None
 
 
 class ApiKeyCreate(ApiKeySpec):
+    """Body of POST /v2/api-keys.
+
+    Attributes:
+        scope: what it is for.
+        allowed_model_names: it runs no others; None: all.
+    """
+
+    scope: Scopes = [Scope.ALL]
+    allowed_model_names: ModelNames | None = None
     expires_in: int | None = Field(
         None, ge=1, le=10 * 365 * 86400, description="Seconds from now, ten years at most."
     )
 
 
 class ApiKey(Schema):
+    """An API key as its user sees it.
+
+    Attributes:
+        scope: what it is for.
+        allowed_model_names: it runs no others; None: all.
+        last_used_at: to within some seconds; None: never. Watches do not tell of it.
+    """
+
     id: int
     name: str
     description: str | None = None
+    scope: list[Scope]
+    allowed_model_names: list[str] | None = None
     user_id: int
     prefix: str
     generation: int
     created_at: Time
     expires_at: Time | None = None
+    last_used_at: Time | None = None
 
 
 class ApiKeyCreated(ApiKey):

@@ -30,6 +30,7 @@ class User(Schema):
     """A user as the API shows it.
 
     Attributes:
+        is_active: False: it is disabled, and can do nothing.
         require_password_change: nothing else can be done with the next login before that.
         generation: of all of it and of the password; an update may name it.
     """
@@ -38,6 +39,7 @@ class User(Schema):
     username: str
     full_name: str | None = None
     is_admin: bool
+    is_active: bool
     require_password_change: bool
     generation: int
     created_at: Time
@@ -68,6 +70,8 @@ class UserUpdate(Body):
 
     Attributes:
         password: a new one; the user's sessions end. None: it stays.
+        is_active: False: sessions end, and API keys open nothing until it is True again. None: it
+            stays.
         require_password_change: None: it stays.
         generation: the generation that was read; a newer one is a conflict. None: do not compare.
     """
@@ -75,6 +79,7 @@ class UserUpdate(Body):
     username: Username
     full_name: FullName = None
     is_admin: bool
+    is_active: bool | None = None
     password: str | None = None
     require_password_change: bool | None = None
     generation: int | None = None

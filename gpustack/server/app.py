@@ -44,6 +44,7 @@ from gpustack.server.api import (
 )
 from gpustack.server.api import settings as start_options
 from gpustack.server.auth.known import Known
+from gpustack.server.auth.last_uses import LastUses
 from gpustack.server.auth.passwords import hash_now
 from gpustack.server.auth.principals import Principal
 from gpustack.server.db.bootstrap import bootstrap, node_id
@@ -237,7 +238,7 @@ async def control_plane(settings: Settings, extra: Mapping[str, str]) -> AsyncIt
 
     The database is migrated. `extra` is the launcher's: this node's own secrets.
     """
-    heartbeats, url = Heartbeats(), database_url(settings)
+    heartbeats, last_uses, url = Heartbeats(), LastUses(), database_url(settings)
     news = News(heartbeats)
     db = Database(url, news.committed)
     news.control = control = Control(db, heartbeats, settings.huggingface_token)
@@ -261,6 +262,9 @@ async def control_plane(settings: Settings, extra: Mapping[str, str]) -> AsyncIt
                 group.create_task(
                     forever("heartbeats", lambda: heartbeats.write(db), every_s=WRITE_EVERY_S)
                 ),
+                group.create_task(
+                    forever("last uses", lambda: last_uses.write(db), every_s=WRITE_EVERY_S)
+                ),
             ]
             app = create_app(
                 db,
@@ -270,7 +274,7 @@ async def control_plane(settings: Settings, extra: Mapping[str, str]) -> AsyncIt
                 news.known,
                 openapi_docs=not settings.disable_openapi_docs,
             )
-            app.state.settings = settings
+            app.state.settings, app.state.last_uses = settings, last_uses
             yield app
             for task in tasks:
                 task.cancel()

@@ -191,10 +191,11 @@ class Feed:
 
     def _end_watches_of(self, credential_id: int, found: Found | None) -> None:
         """End those that the credential, as it is now, does not open."""
-        is_admin = bool(found and found.user and found.user.is_admin)
+        user = found.user if found else None
+        is_admin, is_disabled = bool(user and user.is_admin), bool(user and not user.is_active)
         for subscription in self._subscriptions:
             if subscription.credential_id == credential_id and (
-                found is None or (subscription.by_admin and not is_admin)
+                found is None or is_disabled or (subscription.by_admin and not is_admin)
             ):
                 subscription.end()
 

@@ -125,7 +125,7 @@ class Found:
             case wire.MODEL_FILES:
                 return model_file_view(self.row)
             case wire.API_KEYS:
-                return ApiKey.model_validate(self.row, from_attributes=True)
+                return api_key_view(self.row)
             case _:
                 return credential_view(self)
 
@@ -317,15 +317,20 @@ def _status(row: tables.Worker, facts: dict[str, Any]) -> dict[str, Any]:
     return facts | measured | {"gpu_devices": devices}
 
 
+def api_key_view(row: tables.Credential) -> ApiKey:
+    return ApiKey.model_validate(row.model_dump() | {"scope": row.scopes})
+
+
 def credential_view(found: Found) -> Credential:
     row: tables.Credential = found.row
     return Credential.model_validate(
         row.model_dump()
         | {
+            "user_disabled": bool(found.user and not found.user.is_active),
             "password_change_required": bool(
                 row.kind == CredentialKind.SESSION
                 and found.user
                 and found.user.require_password_change
-            )
+            ),
         }
     )

@@ -24,8 +24,8 @@ from tests.support.wait import eventually
 
 #: What other parts of the product say to the server, and what needs no client.
 NOT_FOR_USERS = re.compile(
-    "POST /v2/workers/register|PUT /v2/workers/{worker_id}/(registration|status)"
-    "|POST /v2/workers/{worker_id}/(heartbeat|model-files)|POST /v2/usage|POST /v2/watch/flush"
+    "POST /v2/workers/register|PUT /v2/workers/{worker_id}/(registration|status|heartbeat)"
+    "|POST /v2/workers/{worker_id}/model-files|POST /v2/usage|POST /v2/watch/flush"
     "|PUT /v2/model-(instances|files)/{[a-z]+_id}/status|(GET|PUT) .*/log-level"
 )
 

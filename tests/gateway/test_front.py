@@ -14,7 +14,7 @@ from tests.support.data_plane import AUTH, KEY, fill, gateway
 from tests.support.openai_engine import Seen, Wire, running
 from tests.support.raw_http import Client, ask, raw
 from tests.support.wait import eventually
-from tests.support.watch_server import credential, watch_server
+from tests.support.watch_server import credential, model, watch_server
 
 BODY = b'{"model": "m"}'
 CHAT = "/v1/chat/completions"
@@ -81,6 +81,10 @@ async def test_probes_answer_without_credentials(tmp_path: Path) -> None:
         ({"kind": "session", "password_change_required": True}, 403, "password_change_required"),
         ({"expires_at": "2020-01-01T00:00:00.000Z"}, 401, "invalid_api_key"),
         ({"expires_at": "2120-01-01T00:00:00.000Z"}, 200, None),
+        ({"user_disabled": True}, 401, "invalid_api_key"),
+        ({"allowed_model_names": ["m", "n"]}, 200, None),
+        ({"allowed_model_names": ["n"]}, 403, "forbidden"),
+        ({"allowed_model_names": []}, 403, "forbidden"),
     ],
 )
 async def test_a_credential_opens_only_what_it_is_for(
@@ -93,6 +97,26 @@ async def test_a_credential_opens_only_what_it_is_for(
             reply = await ask(gate.port, "POST", CHAT, {"Authorization": "Bearer other"}, BODY)
             assert reply.status == status
             assert word is None or code(reply.body) == word
+
+
+async def test_a_key_for_some_models_sees_and_runs_no_others(tmp_path: Path) -> None:
+    async with watch_server() as server, running() as engine:
+        fill(server, engine)
+        server.put("models", model(2, "other"))
+        server.put("credentials", credential(2, "some", allowed_model_names=["m", "gone"]))
+        bearer = {"Authorization": "Bearer some"}
+        async with gateway(tmp_path, server.port) as gate:
+            listed = await ask(gate.port, "GET", "/v1/models", bearer)
+            assert [one["id"] for one in json.loads(listed.body)["data"]] == ["m"]
+            for name, status in (("m", 200), ("gone", 404), ("other", 403), ("never", 403)):
+                reply = await ask(gate.port, "GET", f"/v1/models/{name}", bearer)
+                assert reply.status == status, name
+            for name in ("other", "never"):  # whether it exists is not said
+                body = json.dumps({"model": name}).encode()
+                reply = await ask(gate.port, "POST", CHAT, bearer, body)
+                said = json.loads(reply.body)["error"]["message"]
+                assert said == f"This API key is not for the model {name!r}."
+            assert server.flushes <= 1  # "gone" alone may be news
 
 
 async def test_a_browsers_cookie_runs_models_only_for_our_own_pages(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Users: administrators make, change and remove them; at least one administrator stays."""
 
 import asyncio
+import json
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +9,12 @@ import httpx
 import pytest
 
 from gpustack.schemas import wire
+from gpustack.schemas.credentials import CredentialKind
 from gpustack.server.auth.passwords import check_policy
+from gpustack.server.auth.principals import Principal
 from gpustack.server.db import tables
+from gpustack.server.views import GATEWAY as GATEWAY_AUDIENCE
+from gpustack.server.views import Audience
 from tests.server.conftest import LOCAL_ADMIN, PASSWORD, Plane, Start
 
 USERS = "/v2/users"
@@ -230,3 +235,70 @@ async def test_a_users_api_keys_have_different_names(plane: Plane) -> None:
     assert (await admin.put(path, json={"name": "a", "description": "x"})).status_code == 200
     await admin.delete(path)
     assert (await admin.post("/v2/api-keys", json={"name": "a"})).status_code == 201
+
+
+async def test_a_disabled_user_can_do_nothing_until_enabled_again(plane: Plane) -> None:
+    made = await make(plane)
+    admin, path = await plane.admin(), f"{USERS}/{made['id']}"
+    eve = await log_in(plane, "eve")
+    key = (await eve.post("/v2/api-keys", json={"name": "k"})).json()["value"]
+    with_key = await plane.client(key)
+    assert (await with_key.get("/v2/users/me")).json()["is_active"]
+    body = {"username": "eve", "is_admin": False}
+    off = await admin.put(path, json=body | {"is_active": False})
+    assert (off.status_code, off.json()["is_active"]) == (200, False)
+    for client in (eve, with_key):
+        assert (await client.get("/v2/users/me")).status_code == 401
+    wrong = await (await plane.through_gateway()).post(
+        "/auth/login", data={"username": "eve", "password": PASSWORD}
+    )
+    nobody = await (await plane.through_gateway()).post(
+        "/auth/login", data={"username": "nobody", "password": PASSWORD}
+    )
+    assert (wrong.status_code, wrong.json()) == (nobody.status_code, nobody.json())
+    same = await admin.put(path, json=body)
+    assert not same.json()["is_active"]  # what is not said stays
+    assert (await admin.put(path, json=body | {"is_active": True})).json()["is_active"]
+    assert (await with_key.get("/v2/users/me")).status_code == 200
+    assert (await eve.get("/v2/users/me")).status_code == 401  # that session is over
+
+
+async def test_the_last_administrator_cannot_be_disabled(plane: Plane) -> None:
+    admin = await plane.admin()
+    body = {"username": "admin", "is_admin": True, "is_active": False}
+    refused = await admin.put(f"{USERS}/1", json=body)
+    assert refused.status_code == 409
+    assert "last administrator" in refused.json()["message"]
+    made = await make(plane, is_admin=True)
+    assert (await admin.put(f"{USERS}/1", json=body)).status_code == 200
+    assert (await admin.get(f"{USERS}/me")).json()["username"] == "eve"  # the server's own way in
+    last = {"username": "eve", "is_admin": True, "is_active": False}
+    assert (await admin.put(f"{USERS}/{made['id']}", json=last)).status_code == 409
+
+
+async def test_watches_of_a_disabled_user_end_and_gateways_hear_of_it(plane: Plane) -> None:
+    made = await make(plane)
+    eve, admin = await log_in(plane, "eve"), await plane.admin()
+    key = (await eve.post("/v2/api-keys", json={"name": "k"})).json()
+    async with plane.db.read() as session:
+        row = await session.get_one(tables.Credential, key["id"])
+    mine = plane.feed.watch(frozenset({wire.API_KEYS}), Audience.of(_as_user(row)), None, row.id)
+    seen = plane.feed.watch(frozenset({wire.CREDENTIALS}), GATEWAY_AUDIENCE)
+    for watch in (mine, seen):
+        while json.loads(await anext(watch))["type"] != "synced":
+            pass
+    body = {"username": "eve", "is_admin": False, "is_active": False}
+    assert (await admin.put(f"{USERS}/{made['id']}", json=body)).status_code == 200
+    async with asyncio.timeout(10):
+        async for line in seen:
+            event = json.loads(line)
+            if event["id"] == key["id"]:
+                assert event["data"]["user_disabled"]
+                break
+        async for _ in mine:
+            pass
+    await seen.aclose()
+
+
+def _as_user(row: tables.Credential) -> Principal:
+    return Principal(CredentialKind.KEY, credential_id=row.id, user_id=row.user_id)

@@ -63,10 +63,13 @@ async def login(
     wrong = Unauthorized("the user name or the password is wrong")
     if not await passwords.matches(form.password, user.password_hash if user else None) or not user:
         raise wrong
+    if not user.is_active:  # nor does anybody learn that it is disabled
+        raise wrong
     secret = new_secret() + new_secret()
     async with db.write() as session:
         now = await find(session, User, user.id)
-        if now is None or now.password_hash != user.password_hash:  # changed while it was compared
+        # Changed while it was compared.
+        if now is None or not now.is_active or now.password_hash != user.password_hash:
             raise wrong
         session.add(
             Credential(

@@ -15,6 +15,7 @@ from gpustack.schemas.usage import UsageBatch, UsageBy, UsageEntry, UsageSum
 from gpustack.server.api.context import Db
 from gpustack.server.api.lists import Asked, Day, IdFilter, ListQuery, page_of, pagination, words
 from gpustack.server.api.repeated import Repeated
+from gpustack.server.auth.last_uses import LastUses
 from gpustack.server.auth.principals import AnyUser, Gateway, Principal
 from gpustack.server.db.database import ReadSession
 from gpustack.server.db.tables import Usage, UsageHour, UsageSpool
@@ -111,6 +112,10 @@ async def add_usage_batch(
     if new:
         served: Served = request.app.state.served
         served.add(batch.records)
+        last_uses: LastUses = request.app.state.last_uses
+        for record in batch.records:
+            if record.credential_id is not None:
+                last_uses.used(record.credential_id, datetime.fromtimestamp(record.started_at, UTC))
     return Response(status_code=204)
 
 

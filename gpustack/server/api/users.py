@@ -27,13 +27,20 @@ from gpustack.server.auth.principals import Admin, AnyUser, LoggedIn
 from gpustack.server.db import tables
 from gpustack.server.db.bootstrap import new_password
 from gpustack.server.db.database import ReadSession, WriteSession, find
-from gpustack.server.db.users import remove_user, set_password, step_down, tell_of, who_asks
+from gpustack.server.db.users import (
+    disable,
+    remove_user,
+    set_password,
+    step_down,
+    tell_of,
+    who_asks,
+)
 
 router = APIRouter(prefix="/v2/users", tags=["users"], route_class=Repeated)
 
 
 #: What an update says that is kept as it is said.
-_SAID = {"username", "full_name", "is_admin", "require_password_change"}
+_SAID = {"username", "full_name", "is_admin", "is_active", "require_password_change"}
 
 
 class UserQuery(SearchQuery):
@@ -115,6 +122,8 @@ async def update_user(
             _expect(session, row, if_match, wanted.generation)
             if row.is_admin and not wanted.is_admin:
                 await step_down(session, row)
+            if row.is_active and wanted.is_active is False:
+                await disable(session, row)
             said = wanted.model_dump(include=_SAID, exclude_none=True)
             change(row, {"full_name": None} | said)
             await tell_of(session, row)

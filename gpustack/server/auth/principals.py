@@ -25,6 +25,7 @@ from gpustack.schemas import wire
 from gpustack.schemas.credentials import CredentialKind, Scope
 from gpustack.schemas.events import ActorKind
 from gpustack.server.auth.known import Known
+from gpustack.server.auth.last_uses import LastUses
 from gpustack.server.db.acting import Actor, become
 from gpustack.server.db.database import Database, find
 from gpustack.server.db.tables import Cluster, Credential, User
@@ -51,6 +52,7 @@ class Principal:
     is_admin: bool = False
     worker_id: int | None = None
     scopes: frozenset[Scope] = frozenset()
+    allowed_model_names: frozenset[str] | None = None
     password_change_required: bool = False
     username: str = ""
     credential_name: str = ""
@@ -97,6 +99,9 @@ async def principal(request: Request) -> Principal:
         raise Forbidden("this request comes from another site: log in here and try again")
     if found.kind is CredentialKind.SESSION:
         await _slide(db, found)
+    if found.kind is CredentialKind.KEY and found.credential_id is not None:
+        last_uses: LastUses = request.app.state.last_uses
+        last_uses.used(found.credential_id)
     return found
 
 
@@ -133,6 +138,8 @@ async def resolve(db: Database, known: Known[Principal], secret: str) -> Princip
         if row is None or (row.expires_at and row.expires_at <= datetime.now(UTC)):
             raise Unauthorized("this credential is unknown or has expired")
         user = await session.get(User, row.user_id) if row.user_id else None
+        if user is not None and not user.is_active:
+            raise Unauthorized("this user is disabled: ask an administrator")
     found = _principal(row, user)
     known.remember(secret, found, row.expires_at, mark)
     return found
@@ -146,6 +153,9 @@ def _principal(row: Credential, user: User | None) -> Principal:
         is_admin=bool(user and user.is_admin),
         worker_id=row.worker_id,
         scopes=frozenset(Scope(scope) for scope in row.scopes),
+        allowed_model_names=(
+            None if row.allowed_model_names is None else frozenset(row.allowed_model_names)
+        ),
         password_change_required=bool(
             user and user.require_password_change and row.kind == CredentialKind.SESSION
         ),

@@ -111,16 +111,20 @@ AUDITED: Final[Mapping[type, Subject]] = {
     tables.User: Subject(
         "users",
         "username",
-        frozenset({"username", "full_name", "is_admin", "require_password_change"}),
+        frozenset({"username", "full_name", "is_admin", "is_active", "require_password_change"}),
         frozenset({"id", "generation", "created_at"}),
         {"password_hash": "password"},
     ),
     tables.Credential: Subject(
         wire.API_KEYS,
         "name",
-        frozenset({"name", "description", "prefix", "user_id", "scopes", "expires_at"}),
         frozenset(
-            {"id", "revision", "generation", "kind", "digest", "worker_id", "created_at"}
+            {"name", "description", "prefix", "user_id", "scopes", "allowed_model_names",
+             "expires_at"}
+        ),
+        frozenset(
+            {"id", "revision", "generation", "kind", "digest", "worker_id", "last_used_at",
+             "created_at"}
         ),
     ),
 }  # fmt: skip

@@ -128,6 +128,7 @@ class User(SQLModel, table=True):
     password_hash: str = _text()
     is_admin: bool = False
     require_password_change: bool = False
+    is_active: bool = True
     generation: int = 1
     created_at: datetime = _time(default_factory=now)
 
@@ -136,7 +137,9 @@ class Credential(Watched, table=True):
     """Every secret that opens something, by its SHA-256 digest.
 
     Attributes:
-        generation: of what its user says of an API key: name and description.
+        allowed_model_names: an API key runs no others; None: all.
+        generation: of what its user says of an API key.
+        last_used_at: of an API key; to within some seconds, and no change of it.
     """
 
     __tablename__ = "credentials"
@@ -151,7 +154,9 @@ class Credential(Watched, table=True):
     user_id: int | None = _id(default=None, foreign_key="users.id", index=True)
     worker_id: int | None = _id(default=None, foreign_key="workers.id", index=True)
     scopes: list[str] = _json()
+    allowed_model_names: list[str] | None = _json_or_null()
     expires_at: datetime | None = _time(default=None)
+    last_used_at: datetime | None = _time(default=None)
     generation: int = 1
     created_at: datetime = _time(default_factory=now)
 

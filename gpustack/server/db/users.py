@@ -9,8 +9,8 @@ from gpustack.server.db.tables import Credential, User
 
 
 async def first_admin(session: ReadSession) -> User | None:
-    """The administrator that is one for longest; None: there is none yet."""
-    admins = select(User).where(col(User.is_admin)).order_by(col(User.id))
+    """The administrator that is one for longest and not disabled; None: there is none yet."""
+    admins = select(User).where(col(User.is_admin), col(User.is_active)).order_by(col(User.id))
     return (await session.exec(admins.limit(1))).first()
 
 
@@ -57,24 +57,50 @@ async def tell_of(session: WriteSession, user: User) -> None:
         touch(session, one)
 
 
+async def disable(session: WriteSession, user: User) -> None:
+    """Nothing of `user` opens anything, until it is enabled again; sessions end for good.
+
+    Raises:
+        Conflict: it is the last administrator.
+    """
+    if user.is_admin:
+        await _make_way(session, user)
+    user.is_active = False
+    user.generation += 1
+    sessions = (Credential.user_id == user.id, Credential.kind == CredentialKind.SESSION)
+    for one in (await session.exec(select(Credential).where(*sessions))).all():
+        await session.delete(one)
+    await session.flush()
+
+
 async def step_down(session: WriteSession, user: User) -> None:
     """`user` is no administrator any more.
 
     Raises:
         Conflict: nobody else is one.
     """
-    # Locked, all of them and in one order: of two that step down at once, one sees the other.
-    admins = select(User).where(col(User.is_admin)).order_by(col(User.id)).with_for_update()
-    other = next((one for one in await session.exec(admins) if one.id != user.id), None)
-    if other is None:
-        raise Conflict(f"{user.username} is the last administrator: make another user one first")
+    await _make_way(session, user)
     user.is_admin = False
     user.generation += 1
+    await session.flush()
+
+
+async def _make_way(session: WriteSession, user: User) -> None:
+    """Somebody else administrates from now on.
+
+    Raises:
+        Conflict: nobody else can.
+    """
+    # Locked, all of them and in one order: of two that go at once, one sees the other.
+    admins = select(User).where(col(User.is_admin), col(User.is_active)).order_by(col(User.id))
+    found = await session.exec(admins.with_for_update())
+    other = next((one for one in found if one.id != user.id), None)
+    if other is None:
+        raise Conflict(f"{user.username} is the last administrator: make another user one first")
     # On its own machine a server's command line acts as an administrator: as another one now.
     local = (Credential.user_id == user.id, Credential.kind == CredentialKind.LOCAL)
     for one in (await session.exec(select(Credential).where(*local))).all():
         one.user_id = other.id
-    await session.flush()
 
 
 async def remove_user(session: WriteSession, user: User) -> None:
