@@ -136,6 +136,8 @@ class Credential(Watched, table=True):
     """Every secret that opens something, by its SHA-256 digest.
 
     Attributes:
+        worker_id: whose it is; of a join token: the worker that has used it up.
+        reusable: of a join token.
         generation: of what its user says of an API key: name and description.
     """
 
@@ -152,10 +154,13 @@ class Credential(Watched, table=True):
     worker_id: int | None = _id(default=None, foreign_key="workers.id", index=True)
     scopes: list[str] = _json()
     expires_at: datetime | None = _time(default=None)
+    reusable: bool = False
     generation: int = 1
     created_at: datetime = _time(default_factory=now)
 
     def shown_as(self) -> dict[str, int | None]:
+        if self.kind == CredentialKind.JOIN:  # it opens nothing that gateways guard
+            return {}
         if self.kind != CredentialKind.KEY or self.user_id is None:
             return super().shown_as()
         return super().shown_as() | {wire.API_KEYS: self.user_id}
