@@ -34,6 +34,7 @@ COMMANDS = {
     "export": ("gpustack.cli.apply:export", "Write what the cluster should be to a file."),
     "instances": ("gpustack.cli.instances:instances", "List instances, read their logs."),
     "workers": ("gpustack.cli.workers:workers", "List workers, label them."),
+    "token": ("gpustack.cli.token:token", "Let workers join: make tokens, rotate the cluster's."),
     "chat": ("gpustack.cli.chat:chat", "Talk to a model."),
     "api-keys": ("gpustack.cli.api_keys:api_keys", "Create API keys."),
     "events": ("gpustack.cli.events:events", "List what happened, why and by whom."),

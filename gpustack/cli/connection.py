@@ -74,7 +74,7 @@ def connection(url: str | None, token: str | None, data_dir: Path | None) -> Con
         if port is None:
             hint = f"no node runs on data directory {place}: give --data-dir or --server-url"
         url = f"http://127.0.0.1:{port or DEFAULT_PORT}"
-    host = _host(url)
+    host = host_in(url)
     if token:
         if not all("!" <= character <= "~" for character in token):
             raise SettingsError("--api-key: a key has neither spaces nor letters beyond ASCII")
@@ -82,7 +82,12 @@ def connection(url: str | None, token: str | None, data_dir: Path | None) -> Con
     return Connection(url, _local_admin(place) if is_loopback(host) else None, own, hint)
 
 
-def _host(url: str) -> str:
+def host_in(url: str, option: str = "--server-url") -> str:
+    """The host of a server's URL.
+
+    Raises:
+        SettingsError: it is none; names the option that gave it.
+    """
     try:
         parts = urlsplit(url)
         # The port raises when it is none.
@@ -90,7 +95,7 @@ def _host(url: str) -> str:
             return parts.hostname
     except ValueError:
         pass
-    raise SettingsError(f"--server-url: want a URL such as http://server:80, got {url!a}")
+    raise SettingsError(f"{option}: want a URL such as http://server:80, got {url!a}")
 
 
 def _port(data_dir: Path) -> int | None:

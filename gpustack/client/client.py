@@ -3,6 +3,7 @@
 from gpustack.client import resources
 from gpustack.client.caller import Caller
 from gpustack.schemas.apply import Applied, Apply
+from gpustack.schemas.credentials import ClusterToken
 from gpustack.schemas.settings import Setting, Settings
 
 
@@ -22,6 +23,7 @@ class Client(Caller):
         self.model_files = resources.ModelFiles(self)
         self.users = resources.Users(self)
         self.api_keys = resources.ApiKeys(self)
+        self.join_tokens = resources.JoinTokens(self)
         self.usage = resources.Usage(self)
         self.dashboard = resources.Dashboards(self)
         self.events = resources.Events(self)
@@ -34,3 +36,7 @@ class Client(Caller):
     async def settings(self) -> list[Setting]:
         """The start options of the server's node, as they are in effect."""
         return (await self.one("GET", "/v2/settings", Settings)).items
+
+    async def rotate_cluster_token(self) -> ClusterToken:
+        """Replace the token with which workers register; those that have go on."""
+        return await self.one("POST", "/v2/cluster-token/rotate", ClusterToken)

@@ -20,7 +20,15 @@ from gpustack.client.collections import (
     list_of,
 )
 from gpustack.schemas.audit import Audited, AuditEntry
-from gpustack.schemas.credentials import ApiKey, ApiKeyCreate, ApiKeyCreated, ApiKeyUpdate
+from gpustack.schemas.credentials import (
+    ApiKey,
+    ApiKeyCreate,
+    ApiKeyCreated,
+    ApiKeyUpdate,
+    JoinToken,
+    JoinTokenCreate,
+    JoinTokenCreated,
+)
 from gpustack.schemas.dashboard import Dashboard, ModelUsage, UsageStats
 from gpustack.schemas.devices import GPUDevice
 from gpustack.schemas.events import Event, EventKind
@@ -174,6 +182,12 @@ class ApiKeys(
     """The user's own keys."""
 
     PATH, KIND, CREATED = "/v2/api-keys", ApiKey, ApiKeyCreated
+
+
+class JoinTokens(Listed[JoinToken], Creates[JoinTokenCreate, JoinTokenCreated], Deletes):
+    """With what workers register."""
+
+    PATH, KIND, CREATED = "/v2/join-tokens", JoinToken, JoinTokenCreated
 
 
 class Usage(Listed[UsageEntry]):

@@ -15,6 +15,7 @@ class CredentialKind(StrEnum):
     LOCAL = "local"  # the command line on the server's own machine
     WORKER = "worker"
     GATEWAY = "gateway"
+    JOIN = "join"  # lets a worker register, and does nothing else
 
 
 class Scope(StrEnum):
@@ -111,3 +112,57 @@ class ApiKeyCreated(ApiKey):
     """The one time that the key itself is shown."""
 
     value: str
+
+
+class JoinTokenCreate(Body):
+    """Body of POST /v2/join-tokens.
+
+    Attributes:
+        reusable: any number of workers may register with it; else one.
+    """
+
+    description: str | None = None
+    reusable: bool = False
+    expires_in: int = Field(
+        86400, ge=1, le=365 * 86400, description="Seconds from now, a year at most."
+    )
+
+
+class JoinToken(Schema):
+    """A token that lets workers register, without what is secret of it.
+
+    Attributes:
+        prefix: what it begins with.
+        worker_id: the worker that has used it up.
+    """
+
+    id: int
+    prefix: str
+    description: str | None = None
+    reusable: bool
+    worker_id: int | None = None
+    created_at: Time
+    expires_at: Time
+
+
+class JoinTokenCreated(JoinToken):
+    """The one time that the token itself is shown.
+
+    Attributes:
+        server_url: where workers reach the server, as far as it knows.
+    """
+
+    value: str
+    server_url: str
+
+
+class ClusterToken(Schema):
+    """The cluster's own token, the one time that it is shown.
+
+    Attributes:
+        is_option: this server was started with a token among its options: the next start makes
+            that one the cluster's again.
+    """
+
+    value: str
+    is_option: bool

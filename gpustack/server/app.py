@@ -33,6 +33,7 @@ from gpustack.server.api import (
     events,
     gpu_devices,
     instances,
+    join_tokens,
     log_levels,
     model_files,
     models,
@@ -131,7 +132,7 @@ def create_app(
     # Not include_router: that would make every route, and match each request, a second time.
     for part in (
         probes, auth, models, instances, workers, api_keys, users, watch, usage, log_levels,
-        events, audit, apply, start_options, gpu_devices, dashboard, model_files,
+        events, audit, apply, start_options, gpu_devices, dashboard, model_files, join_tokens,
     ):  # fmt: skip
         app.router.routes += part.router.routes
     if openapi_docs:

@@ -15,6 +15,8 @@ from gpustack.server.db.tables import Worker
 
 WRITE_EVERY_S = 10.0
 SILENT_AFTER = timedelta(seconds=60)
+#: A worker that runs is heard of every 10 s: after this time without, it runs no more.
+STOPPED_AFTER = timedelta(seconds=25)
 
 
 class Heartbeats:
@@ -42,10 +44,10 @@ class Heartbeats:
     def last(self, worker_id: int) -> datetime | None:
         return self._heard.get(worker_id)
 
-    def is_live(self, worker_id: int) -> bool:
+    def is_live(self, worker_id: int, within: timedelta = SILENT_AFTER) -> bool:
         """Whether it was heard of lately, by this server in this life."""
         last = self._heard.get(worker_id)
-        return last is not None and datetime.now(UTC) - last < SILENT_AFTER
+        return last is not None and datetime.now(UTC) - last < within
 
     def forget(self, worker_id: int) -> None:
         """The worker's row has changed: what is known of it has to be read again."""

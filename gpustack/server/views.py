@@ -135,6 +135,8 @@ def rows_for(kind: str, audience: Audience) -> list[Any]:
     table: Any = tables.KINDS[kind]
     if kind == wire.API_KEYS:
         return [table.kind == CredentialKind.KEY, table.user_id == audience.user_id]
+    if kind == wire.CREDENTIALS:
+        return [table.kind != CredentialKind.JOIN]
     return [] if audience.worker_id is None else [table.worker_id == audience.worker_id]
 
 

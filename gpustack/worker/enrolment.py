@@ -11,7 +11,14 @@ from pydantic import BaseModel, ValidationError
 from gpustack import __version__
 from gpustack.client.agents import AgentClient
 from gpustack.config.options import Settings
-from gpustack.errors import Forbidden, GPUStackError, SettingsError, Unauthorized, Unavailable
+from gpustack.errors import (
+    Conflict,
+    Forbidden,
+    GPUStackError,
+    SettingsError,
+    Unauthorized,
+    Unavailable,
+)
 from gpustack.lib import platform
 from gpustack.lib.backoff import delay_s
 from gpustack.lib.net import address_towards, interface_address
@@ -130,7 +137,8 @@ class Enrolment:
     async def join(self) -> Membership:
         """Return once the server has confirmed this worker; tries for ever.
 
-        A refusal stops nothing that runs: it is logged, and asked again every `refused_s`.
+        A refusal stops nothing that runs: it is logged, and asked again every `refused_s`; a
+        conflict, which may pass, every `limit_s`.
         """
         failures, said = 0, ""
         while True:
@@ -140,6 +148,8 @@ class Enrolment:
                 failures += 1
                 wait_s = delay_s(failures, first_s=self._first_s, limit_s=self._limit_s)
                 why = str(error)
+            except Conflict as error:  # perhaps with this machine's own life before its restart
+                wait_s, why = self._limit_s, str(error)
             except GPUStackError as error:
                 wait_s, why = self._refused_s, str(error)
             if why != said:

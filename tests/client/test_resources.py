@@ -11,7 +11,7 @@ import pytest
 from gpustack.client import Client
 from gpustack.errors import Conflict, Forbidden, Invalid, NotFound, Unavailable
 from gpustack.schemas.apply import Apply
-from gpustack.schemas.credentials import ApiKeyCreate, ApiKeyUpdate
+from gpustack.schemas.credentials import ApiKeyCreate, ApiKeyUpdate, JoinTokenCreate
 from gpustack.schemas.events import EventKind
 from gpustack.schemas.model_files import ModelFileCreate, ModelFileState
 from gpustack.schemas.models import Model, ModelCreate, ModelUpdate, Source
@@ -177,6 +177,15 @@ async def use_api_keys(client: Client) -> None:
     assert await client.api_keys.list() == []
 
 
+async def use_join_tokens(client: Client) -> None:
+    made = await client.join_tokens.create(JoinTokenCreate(description="d", expires_in=60))
+    assert made.value.startswith(made.prefix)
+    assert [one.id for one in await client.join_tokens.list(sort_by="-expires_at")] == [made.id]
+    await client.join_tokens.delete(made.id)
+    assert (await client.join_tokens.page()).items == []
+    assert len((await client.rotate_cluster_token()).value) == 32
+
+
 async def use_what_is_only_read(client: Client) -> None:
     assert await client.usage.list(start_date="2020-01-01") == []
     assert await client.usage.sums(["date", "model"], limit=3) == []
@@ -197,6 +206,7 @@ async def test_the_client_has_a_method_for_every_route(client: Recorded, node: N
     await use_model_files(client, node)
     await use_users(client)
     await use_api_keys(client)
+    await use_join_tokens(client)
     await use_what_is_only_read(client)
     async with aclosing(client.watch(["models"])) as events:
         assert (await anext(events)).type in {EventType.PUT, EventType.SYNCED}

@@ -57,12 +57,25 @@ def concrete(pattern: str) -> str:
     return re.sub(r"\{[^}]*\}", "1", pattern).replace("*", "x")
 
 
-def refused(method: str, url: str) -> int:
+def refused(method: str, url: str, secret: str | None = None) -> int:
     headers = {"Content-Type": "application/json"}
+    if secret is not None:
+        headers["Authorization"] = f"Bearer {secret}"
     if method == "*":  # any: what matters to the relay is the instance that is named
         method, headers = "POST", headers | {wire.INSTANCE_HEADER: "1"}
     answer = httpx.request(method, url, content=b"{}", headers=headers, trust_env=False, timeout=10)
     return answer.status_code
+
+
+def token_of(node: Node, shown: str) -> str | None:
+    """What a machine shows that has a token to join with, at most."""
+    if shown == "nothing":
+        return None
+    if shown == "the cluster's token":
+        return (node.data_dir / "token").read_text().strip()
+    with node.http() as http:
+        made = http.post("/v2/join-tokens", json={"reusable": True})
+    return str(made.json()["value"])
 
 
 def agent_port(node: Node) -> int:
@@ -76,7 +89,11 @@ def agent_port(node: Node) -> int:
     return int(listening[0])
 
 
-def test_no_route_of_any_application_answers_a_stranger(node: Node, tmp_path: Path) -> None:
+@pytest.mark.parametrize("shown", ["nothing", "the cluster's token", "a join token"])
+def test_no_route_of_any_application_answers_a_stranger(
+    node: Node, tmp_path: Path, shown: str
+) -> None:
+    secret = token_of(node, shown)
     places = {
         f"http://127.0.0.1:{node.api_port}": server_routes(tmp_path),
         node.url: [*server_routes(tmp_path), *_own(gateway_app.ROUTES)],
@@ -89,8 +106,14 @@ def test_no_route_of_any_application_answers_a_stranger(node: Node, tmp_path: Pa
     for place, known in places.items():
         assert known
         for method, pattern in known:
-            status = refused(method, place + concrete(pattern))
+            status = refused(method, place + concrete(pattern), secret)
             checked += 1
+            if secret is not None and pattern == "/v2/workers/register":
+                assert status == 422, (
+                    place,
+                    shown,
+                )  # the one door that it opens: `{}` is no worker
+                continue
             if pattern in PUBLIC:
                 assert status not in {401, 403, 404} or pattern == "/auth/login", (place, pattern)
             elif status not in {401, 403}:

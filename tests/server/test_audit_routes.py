@@ -11,7 +11,8 @@ import pytest
 from sqlmodel import SQLModel
 
 from gpustack.server.auth.principals import SAFE_METHODS
-from gpustack.server.db.audited import AUDITED, NOT_AUDITED
+from gpustack.server.db import tables
+from gpustack.server.db.audited import AUDITED, JOIN_TOKEN, NOT_AUDITED, Subject
 from tests.server.conftest import FakeAgent, Plane, registration
 from tests.support.audit import entries, verified
 from tests.support.ports import free_ports
@@ -65,6 +66,11 @@ async def _last_key(stage: Stage, method: str, body: Any) -> httpx.Response:
     return await stage.admin.request(method, f"/v2/api-keys/{key['id']}", json=body)
 
 
+async def _last_join_token(stage: Stage) -> httpx.Response:
+    token = (await stage.admin.get("/v2/join-tokens")).json()["items"][-1]
+    return await stage.admin.delete(f"/v2/join-tokens/{token['id']}")
+
+
 #: One call of every route with which users change something. They run in this order.
 CALLS: dict[tuple[str, str], Act] = {
     ("PUT", "/debug/log_level"): lambda s: s.admin.put("/debug/log_level", content="info"),
@@ -100,6 +106,9 @@ CALLS: dict[tuple[str, str], Act] = {
     ("POST", "/v2/api-keys"): lambda s: s.admin.post("/v2/api-keys", json={"name": "k"}),
     ("PUT", "/v2/api-keys/{key_id}"): lambda s: _last_key(s, "PUT", {"name": "other"}),
     ("DELETE", "/v2/api-keys/{key_id}"): lambda s: _last_key(s, "DELETE", None),
+    ("POST", "/v2/join-tokens"): lambda s: s.admin.post("/v2/join-tokens", json={}),
+    ("DELETE", "/v2/join-tokens/{token_id}"): _last_join_token,
+    ("POST", "/v2/cluster-token/rotate"): lambda s: s.admin.post("/v2/cluster-token/rotate"),
     ("PUT", "/v2/users/me"): lambda s: s.admin.put("/v2/users/me", json={"full_name": "A"}),
     ("POST", "/v2/users"): lambda s: s.admin.post("/v2/users", json={"username": "second"}),
     ("PUT", "/v2/users/{user_id}"): lambda s: s.admin.put(
@@ -172,9 +181,12 @@ def test_every_table_says_whether_it_is_audited() -> None:
     assert mapped == {*AUDITED, *NOT_AUDITED}
 
 
-@pytest.mark.parametrize("table", AUDITED, ids=lambda table: table.__name__)
-def test_every_column_says_whether_it_is_shown(table: Any) -> None:
-    subject = AUDITED[table]
+@pytest.mark.parametrize(
+    ("table", "subject"),
+    [*AUDITED.items(), (tables.Credential, JOIN_TOKEN)],
+    ids=lambda one: one.kind if isinstance(one, Subject) else one.__name__,
+)
+def test_every_column_says_whether_it_is_shown(table: Any, subject: Subject) -> None:
     parts = [subject.columns, subject.omitted, frozenset(subject.secret)]
     assert set().union(*parts) == set(table.__table__.columns.keys())
     assert sum(map(len, parts)) == len(table.__table__.columns)

@@ -30,9 +30,10 @@ from gpustack.server.db import tables
 from gpustack.server.db.database import WriteSession, get
 from gpustack.server.db.devices import set_devices
 from gpustack.server.db.instances import begin_end, on_worker, remove
+from gpustack.server.db.join_tokens import admit
 from gpustack.server.db.states import worker_state
 from gpustack.server.db.workers import is_back
-from gpustack.server.heartbeats import Heartbeats
+from gpustack.server.heartbeats import STOPPED_AFTER, Heartbeats
 from gpustack.server.views import worker_view
 
 router = APIRouter(prefix="/v2/workers", tags=["workers"], route_class=Repeated)
@@ -116,12 +117,18 @@ async def delete_worker(db: Db, admin: Admin, worker_id: Id) -> Response:
 async def register_worker(
     db: Db, heartbeats: Beats, joiner: Joiner, body: Registration
 ) -> Registered:
-    """Join the cluster, with its token; answers the worker's own credential."""
+    """Join the cluster, with its token or a join token; answers the worker's own credential."""
     secret = new_secret() + new_secret()
     try:
         async with db.write() as session:
+            token = await admit(session, joiner.token_id, body) if joiner.token_id else None
             row = await _enrol(session, body, heartbeats, embedded=joiner.is_embedded)
-            old = select(tables.Credential).where(tables.Credential.worker_id == row.id)
+            if token is not None and not token.reusable:
+                token.worker_id = row.id  # used up
+            old = select(tables.Credential).where(
+                tables.Credential.worker_id == row.id,
+                tables.Credential.kind == CredentialKind.WORKER,
+            )
             for credential in (await session.exec(old)).all():
                 await session.delete(credential)
             session.add(
@@ -175,14 +182,20 @@ async def _enrol(
 async def announce_worker(
     db: Db, heartbeats: Beats, worker: WorkerAgent, worker_id: Id, body: Registration
 ) -> Registered:
-    """A known worker is back, perhaps with another address."""
+    """A known worker is back, perhaps with another address.
+
+    While it is heard of, no other machine takes its place, nor a copy of the whole machine: that
+    has its id, but not its boot. One that was started anew is let in once the old life is silent.
+    """
     _own(worker, worker_id)
     async with db.write() as session:
         row = await get(session, tables.Worker, worker_id)
-        if row.machine_id != body.machine_id and heartbeats.is_live(worker_id):
+        here = (row.machine_id, row.boot_id) == (body.machine_id, body.boot_id)
+        if not here and heartbeats.is_live(worker_id, within=STOPPED_AFTER):
             raise Conflict(
                 f"worker {row.name} is running on another machine: two machines must not share "
-                "a copy of one data directory; remove worker_credential from this one's"
+                "a copy of one data directory; on a copy, remove worker_credential and give "
+                "another --worker-name (a machine that was just restarted is let in soon)"
             )
         await is_back(session, row, body.model_dump(exclude={"name"}))
         cluster = await session.get_one(tables.Cluster, 1)

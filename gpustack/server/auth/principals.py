@@ -28,6 +28,7 @@ from gpustack.server.auth.known import Known
 from gpustack.server.auth.last_uses import LastUses
 from gpustack.server.db.acting import Actor, become
 from gpustack.server.db.database import Database, find
+from gpustack.server.db.join_tokens import join_token
 from gpustack.server.db.tables import Cluster, Credential, User
 from gpustack.server.db.users import first_admin
 
@@ -135,7 +136,12 @@ async def resolve(db: Database, known: Known[Principal], secret: str) -> Princip
         row = (
             await session.exec(select(Credential).where(Credential.digest == digest(secret)))
         ).one_or_none()
-        if row is None or (row.expires_at and row.expires_at <= datetime.now(UTC)):
+        # A token to join with makes nobody a principal: it is for `_joiner` alone.
+        if (
+            row is None
+            or row.kind == CredentialKind.JOIN
+            or (row.expires_at and row.expires_at <= datetime.now(UTC))
+        ):
             raise Unauthorized("this credential is unknown or has expired")
         user = await session.get(User, row.user_id) if row.user_id else None
         if user is not None and not user.is_active:
@@ -261,9 +267,11 @@ class Joining:
 
     Attributes:
         is_embedded: the token is the one of this node's own agent, not the cluster's.
+        token_id: of a join token, which may be used up: see `db.join_tokens.admit`.
     """
 
     is_embedded: bool
+    token_id: int | None = None
 
 
 @raises(Unauthorized, Contended, DatabaseAway)
@@ -277,15 +285,18 @@ async def _joiner(request: Request) -> Joining:
     db: Database = request.app.state.db
     async with db.read() as session:
         cluster = await session.get_one(Cluster, 1)
-    if not token or not same(digest(token), cluster.token_digest):
+        if token and same(digest(token), cluster.token_digest):
+            return Joining(is_embedded=False)
+        row = await join_token(session, token) if token else None
+    if row is None:
         raise Unauthorized(
             "this token is not the cluster's: see <data-dir>/token on the server, and --token"
         )
-    return Joining(is_embedded=False)
+    return Joining(is_embedded=False, token_id=row.id)
 
 
 Anyone = Annotated[Principal, Depends(principal)]
-#: A machine with the cluster's token.
+#: A machine with a token to join with.
 Joiner = Annotated[Joining, Depends(_joiner)]
 #: A user who may still have to change the password.
 LoggedIn = Annotated[Principal, _who(_is_user)]

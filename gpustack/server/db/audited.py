@@ -123,18 +123,35 @@ AUDITED: Final[Mapping[type, Subject]] = {
              "expires_at"}
         ),
         frozenset(
-            {"id", "revision", "generation", "kind", "digest", "worker_id", "last_used_at",
-             "created_at"}
+            {"id", "revision", "generation", "kind", "digest", "worker_id", "reusable",
+             "last_used_at", "created_at"}
         ),
     ),
+    tables.Cluster: Subject(
+        "cluster",
+        "cluster_id",
+        frozenset({"cluster_id"}),
+        frozenset({"id", "epoch"}),
+        {"token_digest": "token"},
+    ),
 }  # fmt: skip
+
+#: What is audited of those credentials that let workers register.
+JOIN_TOKEN: Final = Subject(
+    "join-tokens",
+    "prefix",
+    frozenset({"prefix", "description", "reusable", "expires_at"}),
+    frozenset(
+        {"id", "revision", "generation", "kind", "digest", "name", "user_id", "worker_id",
+         "scopes", "allowed_model_names", "last_used_at", "created_at"}
+    ),
+)  # fmt: skip
 
 #: Tables without changes by people, each with whose they are.
 NOT_AUDITED: Final[Mapping[type, str]] = {
     tables.AuditChain: "the audit log's",
     tables.AuditEntry: "the audit log's",
     tables.Change: "the history of all changes",
-    tables.Cluster: "the server's",
     tables.Counter: "the history's",
     tables.Device: "the workers'",
     tables.Event: "what happened",
@@ -191,15 +208,19 @@ def entries(
 
 
 def _entry(diff: Diff) -> Entry | None:
-    row, subject = diff.row, AUDITED.get(type(diff.row))
-    if subject is None or (isinstance(row, tables.Credential) and row.kind != CredentialKind.KEY):
-        return None
-    action = _action(diff, subject)
-    if action is None:
+    row, subject = diff.row, _subject(diff.row)
+    action = _action(diff, subject) if subject is not None else None
+    if subject is None or action is None:
         return None
     before = subject.values(diff, before=True)
     after = {} if action is Action.DELETE else subject.values(diff, before=False)
     return Entry(action, subject.kind, row.id, getattr(row, subject.name), before, after)
+
+
+def _subject(row: object) -> Subject | None:
+    if isinstance(row, tables.Credential) and row.kind != CredentialKind.KEY:
+        return JOIN_TOKEN if row.kind == CredentialKind.JOIN else None
+    return AUDITED.get(type(row))
 
 
 def _action(diff: Diff, subject: Subject) -> Action | None:

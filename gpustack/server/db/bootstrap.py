@@ -1,5 +1,6 @@
 """What a new cluster needs before anything else: its id, the join token, the first admin."""
 
+import logging
 import secrets
 import string
 from collections.abc import Callable
@@ -10,12 +11,14 @@ from sqlalchemy import or_
 from sqlmodel import col, select
 
 from gpustack.lib.platform import write_private
-from gpustack.lib.secrets import Secret, digest, new_secret
+from gpustack.lib.secrets import Secret, digest, new_secret, same
 from gpustack.schemas.credentials import CredentialKind, Scope
 from gpustack.server.db import leases
 from gpustack.server.db.database import Database, WriteSession
 from gpustack.server.db.tables import Cluster, Counter, Credential, User
 from gpustack.server.db.users import first_admin
+
+logger = logging.getLogger(__name__)
 
 ADMIN = "admin"
 PASSWORD_SYMBOLS = "!@#$%^&*_+"  # noqa: S105  the characters, not a password
@@ -53,6 +56,7 @@ async def bootstrap(
             await session.flush()
         elif token is not None:
             cluster.token_digest = digest(token.reveal())
+        _drop_stale(data_dir / "token", cluster)
         admin = await first_admin(session)
         if admin is None:
             first = password.reveal() if password else new_password()
@@ -96,6 +100,17 @@ async def _own_credential(
     if all(row.digest != mine for row in rows):
         scopes: list[str] = [Scope.ALL] if kind is CredentialKind.LOCAL else []
         session.add(Credential(kind=kind, name=node, digest=mine, user_id=user_id, scopes=scopes))
+
+
+def _drop_stale(path: Path, cluster: Cluster) -> None:
+    """Remove a token that lets nobody in: another was given, or another server rotated it."""
+    try:
+        stale = not same(digest(path.read_text().strip()), cluster.token_digest)
+    except (OSError, ValueError):
+        return
+    if stale:
+        logger.warning("%s held a token that is not the cluster's any more: removed", path)
+        path.unlink(missing_ok=True)
 
 
 def node_id(data_dir: Path) -> str:

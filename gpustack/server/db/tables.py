@@ -137,6 +137,8 @@ class Credential(Watched, table=True):
     """Every secret that opens something, by its SHA-256 digest.
 
     Attributes:
+        worker_id: whose it is; of a join token: the worker that has used it up.
+        reusable: of a join token.
         allowed_model_names: an API key runs no others; None: all.
         generation: of what its user says of an API key.
         last_used_at: of an API key; to within some seconds, and no change of it.
@@ -157,10 +159,13 @@ class Credential(Watched, table=True):
     allowed_model_names: list[str] | None = _json_or_null()
     expires_at: datetime | None = _time(default=None)
     last_used_at: datetime | None = _time(default=None)
+    reusable: bool = False
     generation: int = 1
     created_at: datetime = _time(default_factory=now)
 
     def shown_as(self) -> dict[str, int | None]:
+        if self.kind == CredentialKind.JOIN:  # it opens nothing that gateways guard
+            return {}
         if self.kind != CredentialKind.KEY or self.user_id is None:
             return super().shown_as()
         return super().shown_as() | {wire.API_KEYS: self.user_id}
