@@ -10,6 +10,9 @@ import msgspec
 from gpustack.errors import GPUStackError, TooLarge, Unavailable
 from gpustack.forward.http1 import Headers, first, status_line
 
+#: For browsers: what they are answered is what Content-Type says.
+_NO_GUESSING = (b"x-content-type-options", b"nosniff")
+
 #: Makes headers and body of an error.
 Dialect = Callable[[GPUStackError], tuple[Headers, bytes]]
 
@@ -159,7 +162,7 @@ class Exchange:
     def respond(self, status: int, headers: Headers | None = None, body: bytes = b"") -> None:
         """Answer in one piece."""
         if status not in (204, 304):
-            headers = [*(headers or ()), (b"content-length", b"%d" % len(body))]
+            headers = [*(headers or ()), _NO_GUESSING, (b"content-length", b"%d" % len(body))]
         self.start(status, headers or [])
         self.finish(body)
 
