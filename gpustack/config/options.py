@@ -66,7 +66,7 @@ WAITING = frozenset(
     rpc_server_port_range saml_idp_entity_id saml_idp_server_url saml_idp_x509_cert
     saml_security saml_sp_acs_url saml_sp_attribute_prefix saml_sp_entity_id saml_sp_private_key
     saml_sp_x509_cert service_discovery_name system_default_container_registry
-    trusted_proxies unreachable_grace
+    unreachable_grace
     """.split()
 )
 

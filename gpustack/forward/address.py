@@ -34,6 +34,11 @@ FORWARDING: Final = frozenset(
 _ONCE: Final = frozenset({b"host", b"origin", b"sec-fetch-site"})
 
 
+def is_forwarding(name: bytes) -> bool:
+    """Whether a header called `name` (lower case) says whom a request is passed on for."""
+    return name in FORWARDING or name.startswith(b"x-forwarded")
+
+
 def is_local(peer: str, headers: Headers, *, http10: bool) -> bool:
     """Whether a request surely comes from this machine and from no foreign web page.
 
@@ -45,7 +50,7 @@ def is_local(peer: str, headers: Headers, *, http10: bool) -> bool:
         return False
     said: dict[bytes, str] = {}
     for name, value in headers:
-        if name in FORWARDING or name.startswith(b"x-forwarded"):
+        if is_forwarding(name):
             return False
         if name in _ONCE:
             if name in said:

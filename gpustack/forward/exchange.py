@@ -10,6 +10,9 @@ import msgspec
 from gpustack.errors import GPUStackError, TooLarge, Unavailable
 from gpustack.forward.http1 import Headers, first, status_line
 
+#: For browsers: what they are answered is what Content-Type says.
+_NO_GUESSING = (b"x-content-type-options", b"nosniff")
+
 #: Makes headers and body of an error.
 Dialect = Callable[[GPUStackError], tuple[Headers, bytes]]
 
@@ -76,7 +79,8 @@ class Exchange:
         path: the target up to "?", percent-encoding left alone.
         query: what follows "?".
         headers: (lower-case name, value), in the order they came; trailers are dropped.
-        peer: address of the client's socket, without its port.
+        peer: address of the client, without its port: its socket's, or what a trusted proxy says.
+        proxied: a trusted proxy passed it on, so it is never this machine's own.
         endless: a watch or a followed log: ended at once when the server drains.
         complete: the whole request has come.
         status: of the answer; 0 until it started.
@@ -90,6 +94,7 @@ class Exchange:
         "_chunked",
         "_head",
         "_link",
+        "_scheme",
         "_silent",
         "also",
         "complete",
@@ -103,6 +108,7 @@ class Exchange:
         "method",
         "path",
         "peer",
+        "proxied",
         "query",
         "receiver",
         "status",
@@ -121,6 +127,7 @@ class Exchange:
         self.query = query.decode("latin-1")
         self.headers = headers
         self.peer = peer
+        self.proxied = False
         self.http10 = http10
         self.keep_alive = not http10
         self.endless = False
@@ -135,11 +142,16 @@ class Exchange:
         self._head = b""
         self._chunked = False
         self._silent = False
+        self._scheme: bytes | None = None
 
     @property
     def scheme(self) -> bytes:
         """By which the client came: http or https."""
-        return self._link.scheme
+        return self._scheme or self._link.scheme
+
+    def passed_on_for(self, client: str, scheme: bytes | None) -> None:
+        """Take a trusted proxy's word: who the client is, and by which scheme it came, if said."""
+        self.peer, self._scheme, self.proxied = client, scheme, True
 
     def header(self, name: bytes) -> bytes | None:
         """The first header called `name` (lower case)."""
@@ -150,7 +162,7 @@ class Exchange:
     def respond(self, status: int, headers: Headers | None = None, body: bytes = b"") -> None:
         """Answer in one piece."""
         if status not in (204, 304):
-            headers = [*(headers or ()), (b"content-length", b"%d" % len(body))]
+            headers = [*(headers or ()), _NO_GUESSING, (b"content-length", b"%d" % len(body))]
         self.start(status, headers or [])
         self.finish(body)
 

@@ -4,6 +4,7 @@ from typing import Final
 from urllib.parse import unquote
 
 from gpustack.errors import Forbidden, GPUStackError, NotFound, Unavailable
+from gpustack.forward.address import is_forwarding
 from gpustack.forward.exchange import IGNORED, Exchange, Receiver
 from gpustack.forward.upstream import Failure
 from gpustack.gateway.answers import MethodNotAllowed, ModelNotFound, openai, refuse
@@ -55,7 +56,11 @@ class Front:
 
     def _pass(self, exchange: Exchange) -> Receiver:
         plane = self._plane
-        headers = without_private(exchange.headers, _PRIVATE)
+        headers = [
+            pair
+            for pair in without_private(exchange.headers, _PRIVATE)
+            if not is_forwarding(pair[0])  # what is true of it is said below
+        ]
         headers += [
             (wire.GATEWAY_HEADER.encode(), plane.credential.encode()),
             (wire.PEER_HEADER.encode(), exchange.peer.encode()),

@@ -5,6 +5,7 @@ from collections.abc import Coroutine
 from typing import Any, Final
 
 from gpustack.errors import BadRequest, Forbidden, GPUStackError, NoReadyInstance, Unavailable
+from gpustack.forward.address import FORWARDING
 from gpustack.forward.exchange import IGNORED, Exchange, Receiver
 from gpustack.forward.http1 import Headers, end_to_end, first
 from gpustack.forward.upstream import Call, Failure
@@ -38,7 +39,8 @@ _KEPT_BACK: Final = frozenset(
         b"expect",
         b"accept-encoding",
     }
-)
+).union(FORWARDING)
+_NOT_SENT: Final = (_PRIVATE, b"x-forwarded")  # nor is it the engine's business who asks
 #: Which pages may read an answer is the gateway's to say; engines let any. Nor is `server` told.
 _NOT_ANSWERED: Final = (_PRIVATE, b"access-control-")
 
@@ -262,7 +264,7 @@ class Inference:
         headers = [
             pair
             for pair in end_to_end(self._exchange.headers)
-            if pair[0] not in _KEPT_BACK and not pair[0].startswith(_PRIVATE)
+            if pair[0] not in _KEPT_BACK and not pair[0].startswith(_NOT_SENT)
         ]
         if self._streamed:
             length = self._exchange.header(b"content-length")

@@ -74,9 +74,9 @@ class Plane:
 
     def needs_no_login(self, exchange: Exchange) -> bool:
         """Whether the loopback rule holds."""
-        return not self.force_auth_localhost and is_local(
-            exchange.peer, exchange.headers, http10=exchange.http10
-        )
+        if self.force_auth_localhost or exchange.proxied:
+            return False
+        return is_local(exchange.peer, exchange.headers, http10=exchange.http10)
 
     def identify(self, exchange: Exchange) -> Credential | None:
         """Who asks; None: nobody in particular, under the loopback rule.

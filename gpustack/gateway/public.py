@@ -11,7 +11,7 @@ from gpustack.config.options import Settings
 from gpustack.errors import SettingsError, Unavailable
 from gpustack.forward.exchange import IGNORED, Exchange, Receiver
 from gpustack.forward.listener import App, Server
-from gpustack.gateway import cors
+from gpustack.gateway import cors, proxies
 from gpustack.gateway.answers import refuse
 from gpustack.gateway.inference import Inference
 from gpustack.gateway.routes import is_inference
@@ -64,7 +64,8 @@ class Public:
                     await self._reloaded.wait()
 
     def _app(self) -> App:
-        return cors.around(self._front, cors.Policy.of(self._settings))
+        app = cors.around(self._front, cors.Policy.of(self._settings))
+        return proxies.around(app, self._settings.trusted_proxies)
 
     def reload(self, raw: dict[str, Any]) -> None:
         """Take in what a running node may change, and the certificate as its files are now."""

@@ -25,6 +25,21 @@ def is_loopback(host: str) -> bool:
     return (mapped or address).is_loopback
 
 
+Ip = ipaddress.IPv4Address | ipaddress.IPv6Address
+
+
+def parse_ip(text: str) -> Ip | None:
+    """The address in "v4", "v4:port", "v6" or "[v6]:port"; None: there is none.
+
+    An IPv4 address that a socket for both shows as IPv6 is the IPv4 address.
+    """
+    try:
+        address = ipaddress.ip_address((host_of(text) or text).partition("%")[0])
+    except ValueError:
+        return None
+    return getattr(address, "ipv4_mapped", None) or address
+
+
 def host_of(authority: str) -> str | None:
     """The host of "host", "host:port", "[v6]" or "[v6]:port", without brackets; None: not one."""
     found = _AUTHORITY.fullmatch(authority)

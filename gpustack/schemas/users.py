@@ -108,6 +108,21 @@ class PasswordSet(Schema):
     password: str | None
 
 
+class AuthConfig(Schema):
+    """The ways in, as a login page shows them; nothing about who may take them.
+
+    Attributes:
+        is_local: with a user name and a password.
+        first_time_setup: the first administrator has not chosen a password yet; the generated one
+            is in <data-dir>/initial_admin_password on the server's machine.
+    """
+
+    is_local: bool
+    is_oidc: bool
+    is_saml: bool
+    first_time_setup: bool
+
+
 class PasswordUpdate(Body):
     current_password: str
     new_password: str

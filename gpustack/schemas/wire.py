@@ -5,7 +5,7 @@ Imports nothing, so that the gateway can read it without pydantic.
 
 # Gateway to server, on requests it passes on; believed only with a gateway's credential.
 GATEWAY_HEADER = "x-gpustack-gateway"  # the credential
-PEER_HEADER = "x-gpustack-peer"  # address of the client's socket
+PEER_HEADER = "x-gpustack-peer"  # address of the client
 SCHEME_HEADER = "x-gpustack-scheme"  # http or https
 LOCAL_HEADER = "x-gpustack-local"  # "1": the loopback rule holds, no login is needed
 VOUCHED_HEADER = "x-gpustack-vouched"  # "1": this origin's pages may use their user's session

@@ -12,6 +12,7 @@ from typing import Any
 import uvicorn
 from fastapi import FastAPI
 from fastapi.routing import APIRoute
+from starlette.types import Receive, Scope, Send
 
 from gpustack import __version__
 from gpustack.config.load import from_json, with_hot
@@ -44,10 +45,12 @@ from gpustack.server.api import (
     workers,
 )
 from gpustack.server.api import settings as start_options
+from gpustack.server.api.browsers import telling
 from gpustack.server.auth.known import Known
 from gpustack.server.auth.last_uses import LastUses
 from gpustack.server.auth.passwords import hash_now
 from gpustack.server.auth.principals import Principal
+from gpustack.server.auth.throttle import Throttle
 from gpustack.server.db.bootstrap import bootstrap, node_id
 from gpustack.server.db.database import Database
 from gpustack.server.db.embedded import database_url, embedded
@@ -110,6 +113,10 @@ class Api(FastAPI):
             self.openapi_schema = describe(self)
         return self.openapi_schema
 
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Around all else, so that the answers to our own mistakes are told as well."""
+        await super().__call__(scope, receive, telling(scope, send))
+
 
 def create_app(
     db: Database,
@@ -127,6 +134,7 @@ def create_app(
     app.state.db, app.state.feed = db, feed
     app.state.heartbeats, app.state.join_token = heartbeats, join_token
     app.state.known, app.state.served = known, metrics.Served()
+    app.state.throttle = Throttle()
     errors.install(app)
     app.add_middleware(acting.Acting, db=db)
     # Not include_router: that would make every route, and match each request, a second time.
@@ -158,6 +166,7 @@ class ApiServer(uvicorn.Server):
                 log_config=None,
                 access_log=False,
                 server_header=False,
+                proxy_headers=False,  # what they say comes from the gateway, in headers of its own
                 lifespan="off",
                 backlog=4096,
                 timeout_graceful_shutdown=GRACE_S,

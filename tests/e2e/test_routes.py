@@ -24,7 +24,7 @@ from tests.support.routes import walk
 
 #: DESIGN: "Public without credentials: /healthz, /readyz, /version, the ways in below /auth/".
 #: Of those below /auth/, leaving and changing a password are no ways in.
-PUBLIC = {"/healthz", "/readyz", "/version", "/auth/login"}
+PUBLIC = {"/healthz", "/readyz", "/version", "/auth/login", "/auth/config"}
 
 
 @pytest.fixture(scope="module")

@@ -63,7 +63,7 @@ ONLY_401 = """
 positive_data_acceptance.expected-statuses = [401]
 negative_data_rejection.expected-statuses = [401]
 """
-PUBLIC = ("healthz", "readyz", "get_version", "login")
+PUBLIC = ("healthz", "readyz", "get_version", "get_auth_config", "login")
 #: Who else there is -> what they may ask.
 OTHERS = {
     "worker": ("report_worker", "beat", "announce_worker", "report_instance", "list_instances"),

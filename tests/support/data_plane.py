@@ -2,13 +2,14 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from gpustack.forward.listener import Server
 from gpustack.forward.upstream import Pool
+from gpustack.gateway import proxies
 from gpustack.gateway.cors import Policy, around
 from gpustack.gateway.counts import Counts
 from gpustack.gateway.delivery import Delivery
@@ -59,6 +60,7 @@ async def gateway(
     ready: bool = True,
     from_disk: bool = False,
     cors: Policy | None = None,
+    trusted_proxies: Sequence[str] = (),
     server_patience_s: float = 10.0,
 ) -> AsyncIterator[Gateway]:
     """A gateway with local worker 1. `ready`: wait until it has the server's tables."""
@@ -90,7 +92,7 @@ async def gateway(
         )
         lasting = [watch.follow(), watch.answer_refreshes(), disk.keep(watch, every_s=0.01)]
         tasks = [group.create_task(each) for each in lasting]
-        server = Server(around(Front(plane), cors), sweep_s=0.05)
+        server = Server(proxies.around(around(Front(plane), cors), trusted_proxies), sweep_s=0.05)
         sock = listen("127.0.0.1", 0)
         port = sock.getsockname()[1]
         await server.listen(sock)

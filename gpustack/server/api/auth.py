@@ -1,29 +1,47 @@
-"""Ways in: log in, log out, change the password."""
+"""Ways in: which there are, log in, log out, change the password."""
 
+import logging
 from datetime import UTC, datetime
-from typing import Annotated, Any
+from typing import Any
 from urllib.parse import parse_qs
 
-from fastapi import APIRouter, Header, Request, Response
+from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel
 from sqlmodel import select
 
-from gpustack.errors import BadRequest, Invalid, TooLarge, TooMany, Unauthorized, raises
+from gpustack.errors import (
+    BadRequest,
+    Forbidden,
+    Invalid,
+    TooLarge,
+    TooMany,
+    Unauthorized,
+    raises,
+)
 from gpustack.lib.secrets import digest, new_secret
-from gpustack.schemas import wire
 from gpustack.schemas.credentials import CredentialKind, Scope
-from gpustack.schemas.users import PasswordUpdate
+from gpustack.schemas.users import AuthConfig, PasswordUpdate
 from gpustack.server.api.context import Db, raw_body
 from gpustack.server.api.repeated import Repeated
 from gpustack.server.auth import passwords
-from gpustack.server.auth.principals import SESSION_LIFE, LoggedIn
-from gpustack.server.db.database import find
+from gpustack.server.auth.principals import LoggedIn, Stranger
+from gpustack.server.auth.sessions import SESSION_LIFE, cookie, no_cookie
+from gpustack.server.auth.throttle import Throttle
+from gpustack.server.db.database import Database, find
 from gpustack.server.db.tables import Credential, User
-from gpustack.server.db.users import set_password, who_asks
+from gpustack.server.db.users import first_admin, set_password, who_asks
+
+logger = logging.getLogger(__name__)
 
 router = APIRouter(prefix="/auth", tags=["auth"], route_class=Repeated)
 
 LOGIN_BODY_LIMIT = 8192
+
+_WRONG = (
+    "the user name or the password is wrong: try again, or ask an administrator for a new "
+    "password; `gpustack reset-admin-password` on the server's machine makes the first "
+    "administrator one"
+)
 
 
 class LoginForm(BaseModel):
@@ -47,30 +65,55 @@ _FORM: dict[str, Any] = {
 }
 
 
+@router.get("/config")
+async def get_auth_config(db: Db) -> AuthConfig:
+    """The ways in, for the login page."""
+    async with db.read() as session:
+        admin = await first_admin(session)
+    first_time = admin is not None and admin.require_password_change
+    # There is no other way in yet.
+    return AuthConfig(is_local=True, is_oidc=False, is_saml=False, first_time_setup=first_time)
+
+
 @router.post("/login", status_code=204, openapi_extra=_FORM)
-@raises(BadRequest, Unauthorized, TooLarge, TooMany)
-async def login(
-    request: Request,
-    db: Db,
-    scheme: Annotated[str, Header(alias=wire.SCHEME_HEADER, include_in_schema=False)] = "http",
-) -> Response:
+@raises(BadRequest, Unauthorized, Forbidden, TooLarge, TooMany)
+async def login(request: Request, db: Db, sender: Stranger) -> Response:
     """Open a session. Body: a form or JSON with username and password."""
+    sender.refuse_foreign_page()  # else it could have its visitors act as a user of its choice
     form = await _form(request)
+    throttle: Throttle = request.app.state.throttle
+    try:
+        with throttle.attempt(form.username, sender.peer) as attempt:
+            secret = await _open_session(db, form)
+            attempt.right = True
+    except (Unauthorized, TooMany) as error:
+        # Without the name: people type passwords into the wrong field.
+        logger.info("a login from %s was refused: %s", sender.peer, error)
+        raise
+    return Response(status_code=204, headers={"Set-Cookie": cookie(secret, sender.scheme)})
+
+
+async def _open_session(db: Database, form: LoginForm) -> str:
+    """The secret of a new session.
+
+    Raises:
+        Unauthorized: user name or password are wrong. Neither the answer
+        nor its time tells which.
+    """
     async with db.read() as session:
         user = (
             await session.exec(select(User).where(User.username == form.username))
         ).one_or_none()
-    wrong = Unauthorized("the user name or the password is wrong")
     if not await passwords.matches(form.password, user.password_hash if user else None) or not user:
-        raise wrong
+        raise Unauthorized(_WRONG)
     if not user.is_active:  # nor does anybody learn that it is disabled
-        raise wrong
+        raise Unauthorized(_WRONG)
     secret = new_secret() + new_secret()
     async with db.write() as session:
         now = await find(session, User, user.id)
         # Changed while it was compared.
         if now is None or not now.is_active or now.password_hash != user.password_hash:
-            raise wrong
+            raise Unauthorized(_WRONG)
         session.add(
             Credential(
                 kind=CredentialKind.SESSION,
@@ -80,39 +123,35 @@ async def login(
                 expires_at=datetime.now(UTC) + SESSION_LIFE,
             )
         )
-    response = Response(status_code=204)
-    response.set_cookie(
-        wire.SESSION_COOKIE,
-        secret,
-        max_age=int(SESSION_LIFE.total_seconds()),
-        httponly=True,
-        samesite="lax",
-        secure=scheme == "https",
-    )
-    return response
+    return secret
 
 
 @router.post("/logout", status_code=204)
-async def logout(db: Db, user: LoggedIn) -> Response:
+async def logout(db: Db, user: LoggedIn, sender: Stranger) -> Response:
     """End the session that asks, on the server too."""
     if user.kind is CredentialKind.SESSION:
         async with db.write() as session:
             row = await find(session, Credential, user.credential_id)
             if row is not None:
                 await session.delete(row)
-    response = Response(status_code=204)
-    response.delete_cookie(wire.SESSION_COOKIE)
-    return response
+    return Response(status_code=204, headers={"Set-Cookie": no_cookie(sender.scheme)})
 
 
 @router.post("/update-password", status_code=204)
 @raises(TooMany)
-async def update_password(db: Db, user: LoggedIn, change: PasswordUpdate) -> Response:
+async def update_password(
+    request: Request, db: Db, user: LoggedIn, sender: Stranger, change: PasswordUpdate
+) -> Response:
     """Change the own password. Every other session of the user ends."""
     async with db.read() as session:
         row = await who_asks(session, user.user_id)
-    if not await passwords.matches(change.current_password, row.password_hash):
-        raise Unauthorized("the current password is wrong")
+    throttle: Throttle = request.app.state.throttle
+    with throttle.attempt(row.username, sender.peer) as attempt:
+        if not await passwords.matches(change.current_password, row.password_hash):
+            raise Unauthorized(
+                "the current password is wrong: try again, or ask an administrator for a new one"
+            )
+        attempt.right = True
     passwords.check_policy(change.new_password)
     if change.new_password == change.current_password:
         raise Invalid("the new password is the current one: choose another")

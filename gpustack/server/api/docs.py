@@ -19,7 +19,7 @@ KNOWN = ("swagger-ui-bundle.js", "swagger-ui.css", "redoc.standalone.js", "favic
 POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline'; "
     "style-src 'self' 'unsafe-inline'; img-src 'self' data:; worker-src blob:; "
-    "frame-ancestors 'none'"
+    "base-uri 'none'; form-action 'self'; object-src 'none'; frame-ancestors 'none'"
 )
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from typing import Annotated, Any
 
 from fastapi import Depends, Request
@@ -26,15 +26,13 @@ from gpustack.schemas.credentials import CredentialKind, Scope
 from gpustack.schemas.events import ActorKind
 from gpustack.server.auth.known import Known
 from gpustack.server.auth.last_uses import LastUses
+from gpustack.server.auth.sessions import SESSION_LIFE, SESSION_STEP, cookie
 from gpustack.server.db.acting import Actor, become
 from gpustack.server.db.database import Database, find
 from gpustack.server.db.join_tokens import join_token
 from gpustack.server.db.tables import Cluster, Credential, User
 from gpustack.server.db.users import first_admin
 
-SESSION_LIFE = timedelta(hours=2)  # sliding
-#: A session's end moves at most this often, so that reading pages is not writing.
-SESSION_STEP = timedelta(minutes=5)
 SAFE_METHODS = {"GET", "HEAD", "OPTIONS"}
 
 
@@ -82,37 +80,73 @@ async def principal(request: Request) -> Principal:
         Forbidden: a cookie came with a request that another site made.
     """
     db: Database = request.app.state.db
-    headers = request.headers
     known: Known[Principal] = request.app.state.known
-    by_gateway = await _shows_gateway(db, known, headers.get(wire.GATEWAY_HEADER))
-    shown = presented(headers)
+    sent = await sender(request)
+    shown = presented(request.headers)
     if shown is not None:
         found = await resolve(db, known, shown.secret)
-    elif by_gateway and headers.get(wire.LOCAL_HEADER) == "1":
+    elif sent.is_local:
         found = await _local_admin(db)
     else:
         raise Unauthorized
-    peer = headers.get(wire.PEER_HEADER, "") if by_gateway else _peer(request)
-    become(found.as_actor(peer))
-    vouched = by_gateway and headers.get(wire.VOUCHED_HEADER) == "1"
-    unsafe = shown is not None and shown.cookie and request.method not in SAFE_METHODS
-    if unsafe and not vouched and _is_foreign(headers):
-        raise Forbidden("this request comes from another site: log in here and try again")
-    if found.kind is CredentialKind.SESSION:
-        await _slide(db, found)
+    become(found.as_actor(sent.peer))
+    if shown is not None and shown.cookie and request.method not in SAFE_METHODS:
+        sent.refuse_foreign_page()
+    if shown is not None and found.kind is CredentialKind.SESSION and await _slide(db, found):
+        if shown.cookie:  # a browser's ends when the session did, unless it is told
+            request.state.renewed_cookie = cookie(shown.secret, sent.scheme)
     if found.kind is CredentialKind.KEY and found.credential_id is not None:
         last_uses: LastUses = request.app.state.last_uses
         last_uses.used(found.credential_id)
     return found
 
 
+@dataclass(frozen=True, slots=True)
+class Sender:
+    """Where a request comes from: in its gateway's words, if a gateway passed it on.
+
+    Attributes:
+        scheme: by which the client came: http or https.
+        is_local: the loopback rule holds.
+        is_foreign: a page of another site made it, for which the operator does not vouch.
+    """
+
+    peer: str
+    scheme: str
+    is_local: bool
+    is_foreign: bool
+
+    def refuse_foreign_page(self) -> None:
+        """Raises:
+        Forbidden: a page of another site uses this user's browser.
+        """
+        if self.is_foreign:
+            raise Forbidden(
+                "a page of another site asked for this: use the page of this server itself; a "
+                "proxy in front of it has to pass on the header Host as it came"
+            )
+
+
+@raises(Contended, DatabaseAway)
+async def sender(request: Request) -> Sender:
+    """Who sends a request. What its headers say of that counts with a gateway's credential only."""
+    headers = request.headers
+    db: Database = request.app.state.db
+    known: Known[Principal] = request.app.state.known
+    if await _shows_gateway(db, known, headers.get(wire.GATEWAY_HEADER)):
+        return Sender(
+            headers.get(wire.PEER_HEADER, ""),
+            headers.get(wire.SCHEME_HEADER, "http"),
+            headers.get(wire.LOCAL_HEADER) == "1",
+            headers.get(wire.VOUCHED_HEADER) != "1" and _is_foreign(headers),
+        )
+    peer = request.client.host if request.client else ""
+    return Sender(peer, "http", is_local=False, is_foreign=_is_foreign(headers))
+
+
 def presented(headers: Headers) -> carriers.Shown | None:
     """The secret that a request shows, by the rule that gateways read it by as well."""
     return carriers.shown(headers.items(), wire.SESSION_COOKIE)
-
-
-def _peer(request: Request) -> str:
-    return request.client.host if request.client else ""
 
 
 def _is_foreign(headers: Headers) -> bool:
@@ -193,16 +227,18 @@ async def _local_admin(db: Database) -> Principal:
     )
 
 
-async def _slide(db: Database, found: Principal) -> None:
+async def _slide(db: Database, found: Principal) -> bool:
+    """Whether the session lives longer now."""
     async with db.read() as session:
         row = await session.get(Credential, found.credential_id)
     end = datetime.now(UTC) + SESSION_LIFE
     if row is None or row.expires_at is None or end - row.expires_at < SESSION_STEP:
-        return
+        return False
     async with db.write() as session:
         row = await find(session, Credential, found.credential_id)
         if row is not None:
             row.expires_at = end
+    return row is not None
 
 
 Check = Callable[[Principal], None]
@@ -296,6 +332,8 @@ async def _joiner(request: Request) -> Joining:
 
 
 Anyone = Annotated[Principal, Depends(principal)]
+#: Whoever it is.
+Stranger = Annotated[Sender, Depends(sender)]
 #: A machine with a token to join with.
 Joiner = Annotated[Joining, Depends(_joiner)]
 #: A user who may still have to change the password.
