@@ -22,9 +22,9 @@ def upgrade() -> None:
             batch_op.add_column(
                 sa.Column("generation", sa.Integer(), server_default="1", nullable=False)
             )
-    with op.batch_alter_table("users", schema=None) as batch_op:
+    with op.batch_alter_table("users", schema=None, recreate="never") as batch_op:
         batch_op.add_column(
-            sa.Column("is_active", sa.Boolean(), server_default=sa.true(), nullable=False)
+            sa.Column("is_active", sa.Boolean(), server_default="1", nullable=False)
         )
     with op.batch_alter_table("credentials", schema=None) as batch_op:
         batch_op.add_column(sa.Column("allowed_model_names", sa.JSON(), nullable=True))

@@ -25,6 +25,8 @@ from tests.server.test_leases import on_shared
 from tests.support.audit import entries
 from tests.support.routes import walk
 
+#: Everybody's.
+PUBLIC = {"/healthz", "/readyz", "/version", "/auth/login", "/auth/config"}
 REGISTER = ("POST", "/v2/workers/register")
 
 
@@ -205,7 +207,7 @@ async def doors(client: httpx.AsyncClient, routes: Iterable[tuple[str, str]]) ->
     """Routes that do not refuse this client, but for those that are everybody's."""
     found = []
     for method, path in routes:
-        if path in {"/healthz", "/readyz", "/version", "/auth/login"} or (method, path) == REGISTER:
+        if path in PUBLIC or (method, path) == REGISTER:
             continue
         answer = await client.request(method, re.sub(r"\{[^}]*\}", "1", path), json={})
         if answer.status_code not in {401, 403}:
