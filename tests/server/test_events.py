@@ -109,6 +109,51 @@ async def test_a_life_is_told_from_its_beginning_to_its_end_with_who_did_what(
     (placing,) = await events(plane, type="placed")
     assert placing["message"] == "on worker w1, which has 48.0 MiB of memory for it"
     assert placing["name"].startswith("tiny-")
+    (made,) = await events(plane, type="created", kind=INSTANCES)
+    assert made["message"] == "the model wants 1 instance"
+    (stopped,) = await events(plane, type="stopping")
+    assert stopped["message"] == "its model is being deleted"
+
+
+async def test_an_instance_that_is_stopped_says_why(plane: Plane) -> None:
+    admin, agent = await plane.admin(), await plane.worker()
+    assert (await admin.post("/v2/models", json=MODEL | {"replicas": 2})).status_code == 201
+
+    async def run(count: int) -> Any:
+        """Whether so many run; what is placed is started."""
+        found = (await admin.get("/v2/model-instances")).json()["items"]
+        for one in found:
+            if one["state"] == "scheduled":
+                await agent.say(one["id"], "starting")
+                await agent.say(one["id"], "running")
+            elif one["state"] == "stopping":
+                await agent.say(one["id"], "gone")
+        states = [one["state"] for one in found]
+        return states == ["running"] * count and found
+
+    async def why(count: int) -> str:
+        async def said() -> Any:
+            stopped = await events(plane, type="stopping")
+            return len(stopped) == count and stopped[-1]["message"]
+
+        return str(await eventually(said, "it is told to stop"))
+
+    await eventually(lambda: run(2), "two run")
+    await admin.put("/v2/models/1", json=MODEL | {"replicas": 1})
+    assert await why(1) == "the model wants 1 instance"
+    (left,) = await eventually(lambda: run(1), "one runs")
+    assert (await admin.delete(f"/v2/model-instances/{left['id']}")).status_code == 202
+    assert await why(2) == "this one copy was deleted"
+    await eventually(lambda: run(1), "another runs")
+    changed = MODEL | {"replicas": 1, "env": {"A": "1"}}
+    assert (await admin.put("/v2/models/1", json=changed)).status_code == 200
+
+    async def rolled() -> Any:
+        await run(1)
+        return len(await events(plane, type="stopping")) == 3
+
+    await eventually(rolled, "the old one is stopped")
+    assert await why(3) == "it is of another version than wanted"
 
 
 async def test_a_worker_is_told_of_from_its_registration_to_its_deletion(plane: Plane) -> None:

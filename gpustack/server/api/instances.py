@@ -64,7 +64,8 @@ async def delete_instance(db: Db, admin: Admin, instance_id: Id) -> Response:
         if row.worker_id is None:  # nobody has anything of it
             await remove(session, row)
         else:
-            begin_end(session, row, await get(session, tables.Model, row.model_id))
+            model = await get(session, tables.Model, row.model_id)
+            begin_end(session, row, model, "this one copy was deleted")
     return Response(status_code=202)
 
 

@@ -97,7 +97,8 @@ async def delete_worker(db: Db, admin: Admin, worker_id: Id) -> Response:
             if instance.worker_id == worker_id:
                 await remove(session, instance)
             else:  # it lacks a part now, so its own worker ends the rest
-                begin_end(session, instance, await get(session, tables.Model, instance.model_id))
+                model = await get(session, tables.Model, instance.model_id)
+                begin_end(session, instance, model, f"a part of it was on worker {worker.name}")
         parts = select(tables.Member).where(tables.Member.worker_id == worker_id)
         for member in (await session.exec(parts)).all():
             await session.delete(member)

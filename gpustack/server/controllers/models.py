@@ -7,13 +7,14 @@ from gpustack.server.controllers.copies import facts_of
 from gpustack.server.controllers.rolling import Add, GiveUp, Plan, Remove, plan_roll
 from gpustack.server.controllers.world import World
 from gpustack.server.db.database import Database, WriteSession, touch
-from gpustack.server.db.instances import begin_end
+from gpustack.server.db.instances import because, begin_end
 from gpustack.server.db.tables import Instance, Model
 
 #: A roll that waits for what nobody tells of looks again so often.
 LOOK_AGAIN_S = 10.0
 #: Characters that the model's row has room for.
 MESSAGE_LIMIT = 1000
+_REPLACES = "it takes the place of one of another version"
 
 
 class Models:
@@ -34,7 +35,8 @@ class Models:
                 return None
             rows, facts = await facts_of(session, model, self._world)
             plan = plan_roll(facts)
-            await _carry_out(session, model, rows, plan)
+            wanted = {copy.id for copy in facts.copies if copy.wanted}
+            await _carry_out(session, model, rows, plan, wanted)
             why = "" if model.deleting else plan.why[:MESSAGE_LIMIT]
             if model.rollout_message != why:
                 model.rollout_message = why
@@ -45,20 +47,33 @@ class Models:
 
 
 async def _carry_out(
-    session: WriteSession, model: Model, rows: dict[int, Instance], plan: Plan
+    session: WriteSession, model: Model, rows: dict[int, Instance], plan: Plan, wanted: set[int]
 ) -> None:
     for step in plan.steps:
         match step:
             case Add(version, fallback):
-                session.add(_instance(model, version, fallback))
+                made = _instance(model, version, fallback)
+                session.add(made)
+                because(session, made, _wanted(model) if fallback is None else _REPLACES)
             case GiveUp(id):
                 rows[id].fallback_version_id = None
             case Remove(id) if rows[id].worker_id is None:  # nobody has anything of it
                 await session.delete(rows.pop(id))
             case Remove(id):
-                begin_end(session, rows[id], model)
+                begin_end(session, rows[id], model, _why_not(model, rows[id], wanted))
     if plan.steps:
         touch(session, model)
+
+
+def _wanted(model: Model) -> str:
+    return f"the model wants {model.replicas} instance{'' if model.replicas == 1 else 's'}"
+
+
+def _why_not(model: Model, row: Instance, wanted: set[int]) -> str:
+    """Why an instance is stopped. `wanted` are the instances of the wanted version."""
+    if model.deleting:
+        return "its model is being deleted"
+    return _wanted(model) if row.id in wanted else "it is of another version than wanted"
 
 
 def _instance(model: Model, version: int, fallback: int | None) -> Instance:

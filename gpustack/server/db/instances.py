@@ -18,9 +18,15 @@ async def on_worker(session: ReadSession, worker_id: int) -> Sequence[Instance]:
     return (await session.exec(select(Instance).where(here).order_by(col(Instance.id)))).all()
 
 
-def begin_end(session: WriteSession, row: Instance, model: Model) -> None:
+def because(session: WriteSession, row: Instance, why: str) -> None:
+    """Have the event that this transaction makes of the instance say why."""
+    session.info.setdefault("why", {})[row.name] = why
+
+
+def begin_end(session: WriteSession, row: Instance, model: Model, why: str) -> None:
     """Have the instance's worker stop it. The row goes when the worker says that it is gone."""
     if not row.deleting:
+        because(session, row, why)
         row.deleting = True
         row.generation += 1
         touch(session, model)

@@ -76,6 +76,7 @@ async def _around(session: AsyncSession, diffs: Sequence[Diff]) -> Around:
         models={row.id or 0: row for row in of_versions if row},
         renewed=renewed,
         on_worker={key: await _on_worker(session, key) for key in flipped},
+        why=session.info.get("why", {}),
     )
 
 

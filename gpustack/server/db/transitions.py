@@ -63,12 +63,14 @@ class Around:
         models: the models that versions belong to, by id.
         renewed: models that got a version now.
         on_worker: the instances of each worker that fell silent or is heard of again.
+        why: instances are made or stopped now, by their names.
     """
 
     workers: Mapping[int, str] = field(default_factory=dict)
     models: Mapping[int, Model] = field(default_factory=dict)
     renewed: Set[int] = frozenset()
     on_worker: Mapping[int, Sequence[Instance]] = field(default_factory=dict)
+    why: Mapping[str, str] = field(default_factory=dict)
 
 
 def happenings(diff: Diff, around: Around) -> Iterator[Happening]:
@@ -177,7 +179,7 @@ def _instance(diff: Diff, around: Around) -> Iterator[Happening]:
         yield about(EventType.GONE, _end(row, worker))
         return
     if diff.made:
-        yield about(EventType.CREATED)
+        yield about(EventType.CREATED, around.why.get(row.name, ""))
     if diff.was("worker_id") != row.worker_id or (diff.made and worker):
         yield about(EventType.PLACED, f"on worker {worker}{_reserved(row.claim)}")
     elif diff.changed("reasons") and row.reasons:
@@ -185,7 +187,7 @@ def _instance(diff: Diff, around: Around) -> Iterator[Happening]:
         yield about(EventType.UNPLACED, _sentence(row.reasons), codes)
     yield from _reported(diff, about)
     if diff.changed("deleting"):
-        yield about(EventType.STOPPING)
+        yield about(EventType.STOPPING, around.why.get(row.name, ""))
     elif diff.changed("generation"):
         yield about(EventType.RETRIED)
 
