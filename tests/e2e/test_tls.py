@@ -58,7 +58,8 @@ def shown(node: Node, name: str | None) -> bytes:
 
 
 def test_it_says_where_and_serves_both_ports(node: Node, issued: Issued) -> None:
-    assert f"serving at {node.url} and https://127.0.0.1:{node.tls_port}" in node.log.read_text()
+    sentence = f"serving at {node.url} and https://127.0.0.1:{node.tls_port}"
+    soon(lambda: sentence in node.log.read_text(), "it says where it serves")
     with https(node, issued) as safe, node.http(None) as plain:
         for way in (safe, plain):
             assert way.get("/v2/models").status_code == 200
