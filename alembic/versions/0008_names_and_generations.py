@@ -46,6 +46,12 @@ def downgrade() -> None:
     op.drop_index(op.f("ix_workers_silent"), table_name="workers")
     op.execute("ALTER TABLE workers RENAME COLUMN ip TO address")
     # Made anew, the tables would forget which ids they have given.
+    # The release before would let them do all again.
+    op.execute(
+        "DELETE FROM credentials WHERE kind IN ('key', 'session') AND (allowed_model_names IS NOT"
+        " NULL OR user_id IN (SELECT id FROM users WHERE NOT is_active))"
+    )
+    op.execute("UPDATE users SET password_hash = '' WHERE NOT is_active")
     with op.batch_alter_table("credentials", schema=None, recreate="never") as batch_op:
         batch_op.drop_column("last_used_at")
         batch_op.drop_column("allowed_model_names")

@@ -14,7 +14,7 @@ depends_on: str | Sequence[str] | None = None
 def upgrade() -> None:
     # Made anew, the table would forget which ids it has given.
     with op.batch_alter_table("credentials", schema=None, recreate="never") as batch_op:
-        # The default is for the rows that are there, and for servers of the release before.
+        # The default is for the rows that are there; new ones always bring values.
         batch_op.add_column(sa.Column("reusable", sa.Boolean(), server_default="0", nullable=False))
 
 

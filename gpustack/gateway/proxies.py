@@ -1,6 +1,6 @@
 """Proxies in front of the public ports: whose word of the client is believed, and whose is not."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from ipaddress import ip_network
 
 from gpustack.forward.exchange import Exchange, Receiver
@@ -30,7 +30,7 @@ class Proxies:
         trusted proxy is the client, and what stands left of it is what the client made up. What
         is no address is nobody's: then it is the proxy that wrote it down.
         """
-        for address in reversed(_listed(headers)):
+        for address in _from_the_right(headers):
             if address is None:
                 break
             peer = str(address)
@@ -39,9 +39,12 @@ class Proxies:
         return peer
 
 
-def _listed(headers: Headers) -> list[Ip | None]:
+def _from_the_right(headers: Headers) -> Iterator[Ip | None]:
+    """Each address when it is asked for: a client may have made up thousands."""
     said = b",".join(value for name, value in headers if name == _FOR)
-    return [parse_ip(one.strip()) for one in said.decode("latin-1").split(",")] if said else []
+    while said:
+        said, _, one = said.rpartition(b",")
+        yield parse_ip(one.decode("latin-1").strip())
 
 
 def scheme(headers: Headers) -> bytes | None:

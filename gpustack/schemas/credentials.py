@@ -92,7 +92,8 @@ class ApiKey(Schema):
     Attributes:
         scope: what it is for.
         allowed_model_names: it runs no others; None: all.
-        last_used_at: to within some seconds; None: never. Watches do not tell of it.
+        last_used_at: for a model, the management API or metrics, to within some seconds; None:
+            never. Watches do not tell of it, and to list the models below /v1 is no use.
     """
 
     id: int

@@ -16,6 +16,7 @@ from sqlmodel import col, select
 
 from gpustack.errors import DatabaseAway, Unavailable
 from gpustack.schemas import wire
+from gpustack.schemas.credentials import CredentialKind, Scope
 from gpustack.schemas.watch import EventType
 from gpustack.server.db import history
 from gpustack.server.db.database import Database, ReadSession, current_revision
@@ -192,10 +193,10 @@ class Feed:
     def _end_watches_of(self, credential_id: int, found: Found | None) -> None:
         """End those that the credential, as it is now, does not open."""
         user = found.user if found else None
-        is_admin, is_disabled = bool(user and user.is_admin), bool(user and not user.is_active)
+        is_admin, is_shut = bool(user and user.is_admin), _is_shut(found)
         for subscription in self._subscriptions:
             if subscription.credential_id == credential_id and (
-                found is None or is_disabled or (subscription.by_admin and not is_admin)
+                is_shut or (subscription.by_admin and not is_admin)
             ):
                 subscription.end()
 
@@ -344,3 +345,11 @@ async def _changes(session: ReadSession, after: int) -> dict[Key, Change]:
         changed.pop((row.kind, row.object_id), None)
         changed[row.kind, row.object_id] = row
     return changed
+
+
+def _is_shut(found: Found | None) -> bool:
+    """Whether a credential, as it is now, opens no watch."""
+    if found is None or (found.user is not None and not found.user.is_active):
+        return True
+    is_key = found.row.kind == CredentialKind.KEY
+    return is_key and {Scope.ALL, Scope.MANAGEMENT}.isdisjoint(found.row.scopes)

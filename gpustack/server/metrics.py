@@ -14,11 +14,12 @@ from gpustack.forward.listener import Exchange
 from gpustack.forward.metrics import Metric
 from gpustack.lib import carriers
 from gpustack.schemas import wire
-from gpustack.schemas.credentials import Scope
+from gpustack.schemas.credentials import CredentialKind, Scope
 from gpustack.schemas.instances import InstanceState, shown_state
 from gpustack.schemas.usage import UsageRecord
 from gpustack.schemas.workers import WorkerState
 from gpustack.server.auth.known import Known
+from gpustack.server.auth.last_uses import LastUses
 from gpustack.server.auth.principals import Principal, resolve
 from gpustack.server.db.database import Database, ReadSession
 from gpustack.server.db.tables import Instance, Model, Worker
@@ -70,7 +71,10 @@ async def serve(sock: socket.socket, app: FastAPI, *, force_auth: bool) -> None:
     db: Database = app.state.db
 
     async def admit(exchange: Exchange) -> None:
-        await _admit(db, app.state.known, exchange)
+        found = await _admit(db, app.state.known, exchange)
+        if found.kind is CredentialKind.KEY and found.credential_id is not None:
+            last_uses: LastUses = app.state.last_uses
+            last_uses.used(found.credential_id)
 
     async def gather() -> list[Metric]:
         served: Served = app.state.served
@@ -83,7 +87,7 @@ async def serve(sock: socket.socket, app: FastAPI, *, force_auth: bool) -> None:
     await metrics.serve(sock, gather, admit, force_auth=force_auth)
 
 
-async def _admit(db: Database, known: Known[Principal], exchange: Exchange) -> None:
+async def _admit(db: Database, known: Known[Principal], exchange: Exchange) -> Principal:
     pairs = ((name.decode("latin-1"), value.decode("latin-1")) for name, value in exchange.headers)
     shown = carriers.shown(pairs, wire.SESSION_COOKIE)
     if shown is None:
@@ -91,6 +95,7 @@ async def _admit(db: Database, known: Known[Principal], exchange: Exchange) -> N
     found = await resolve(db, known, shown.secret)
     if found.scopes.isdisjoint(_READERS) or found.password_change_required:
         raise Forbidden("This credential may not read metrics; a key with scope metrics may.")
+    return found
 
 
 def _watches(feed: Feed) -> Metric:

@@ -1,11 +1,17 @@
 """API keys: what they may do, and when they were last used."""
 
+import asyncio
+import json
 from typing import Any
 
 import httpx
 import pytest
 
+from gpustack.schemas import wire
+from gpustack.schemas.credentials import CredentialKind
 from gpustack.server.auth.last_uses import LastUses
+from gpustack.server.auth.principals import Principal
+from gpustack.server.views import Audience
 from tests.server.conftest import GATEWAY, Plane
 from tests.support.wait import eventually
 
@@ -72,6 +78,54 @@ async def test_a_key_gives_no_more_than_it_has(plane: Plane) -> None:
         assert answer.status_code == 403, more
     renamed = await client.put(f"{KEYS}/{other['id']}", json={"name": "renamed"})
     assert (renamed.status_code, renamed.json()["scope"]) == (200, ["*"])
+
+
+async def test_what_a_key_that_ends_makes_ends_no_later(plane: Plane) -> None:
+    admin = await plane.admin()
+    ending = await make(admin, "ending", scope=["management"], expires_in=3600)
+    client = await plane.client(ending["value"])
+    for more in ({}, {"expires_in": 3700}):
+        body = {"name": "x", "scope": ["management"]} | more
+        assert (await client.post(KEYS, json=body)).status_code == 403
+    await make(client, "sooner", scope=["management"], expires_in=60)
+
+
+async def test_a_limited_key_gets_no_more_by_way_of_a_login(plane: Plane) -> None:
+    admin = await plane.admin()
+    limited = [{"scope": ["management"]}, {"allowed_model_names": ["a"]}]
+    body = {"username": "eve", "is_admin": False}
+    assert (await admin.post("/v2/users", json={"username": "eve"})).status_code == 201
+    for number, limit in enumerate(limited):
+        client = await plane.client((await make(admin, f"k{number}", **limit))["value"])
+        for method, path, asked in (
+            ("PUT", "/v2/users/1/password", {}),
+            ("PUT", "/v2/users/2/password", {"password": "Better-than-2"}),
+            ("PUT", "/v2/users/2", body | {"password": "Better-than-2"}),
+            ("PUT", "/v2/users/2", body | {"is_admin": True}),
+            ("POST", "/v2/users", {"username": "mallory", "is_admin": True}),
+        ):
+            assert (await client.request(method, path, json=asked)).status_code == 403, path
+        renamed = await client.put("/v2/users/2", json=body | {"full_name": f"Eve {number}"})
+        assert renamed.status_code == 200
+    whole = await plane.client((await make(admin, "whole"))["value"])
+    assert (await whole.put("/v2/users/2/password")).status_code == 200
+
+
+async def test_a_watch_ends_when_its_key_is_no_longer_for_it(plane: Plane) -> None:
+    admin = await plane.admin()
+    key = await make(admin, "k")
+    principal = Principal(CredentialKind.KEY, credential_id=key["id"], user_id=1, is_admin=True)
+    watch = plane.feed.watch(
+        frozenset({wire.MODELS}), Audience.of(principal), None, key["id"], by_admin=True
+    )
+    while json.loads(await anext(watch))["type"] != "synced":
+        pass
+    assert (
+        await admin.put(f"{KEYS}/{key['id']}", json={"name": "k", "scope": ["inference"]})
+    ).status_code == 200
+    async with asyncio.timeout(10):
+        async for _ in watch:
+            pass
 
 
 async def test_what_an_update_does_not_say_stays(plane: Plane) -> None:

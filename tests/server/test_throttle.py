@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gpustack.errors import DatabaseAway, TooMany, Unauthorized
+from gpustack.lib.secrets import digest
 from gpustack.server.auth import throttle
 from gpustack.server.auth.throttle import (
     ACCOUNT_FREE,
@@ -97,6 +98,17 @@ def test_what_was_never_looked_at_does_not_count(world: World) -> None:
         with suppress(DatabaseAway), world.throttle.attempt("a", HOME):
             raise DatabaseAway
     assert world.attempt("a", HOME) is None
+
+
+def test_a_right_password_that_could_not_be_taken_is_let_in_again_at_once(world: World) -> None:
+    for _ in range(PAIR_FREE + 4):
+        while world.attempt("a", HOME):
+            world.now += 1
+    while (wait_s := world.throttle._wait_s(digest("a"), HOME)) > 0:
+        world.now += wait_s
+    with suppress(DatabaseAway), world.throttle.attempt("a", HOME):
+        raise DatabaseAway
+    assert world.attempt("a", HOME, right=True) is None
 
 
 def test_who_leaves_before_the_answer_has_tried_all_the_same(world: World) -> None:

@@ -1,5 +1,6 @@
 """Logging in, staying in and getting out, as a browser sees it; and what browsers are told."""
 
+import asyncio
 import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -13,6 +14,7 @@ from gpustack.schemas import wire
 from gpustack.server.auth.sessions import SESSION_LIFE
 from gpustack.server.auth.throttle import PAIR_FREE, Throttle
 from gpustack.server.db.tables import Credential, User
+from gpustack.server.db.users import set_password
 from tests.server.conftest import PASSWORD, Plane, Start
 
 FORM = {"username": "admin", "password": PASSWORD}
@@ -48,6 +50,32 @@ async def test_the_login_page_learns_which_ways_in_there_are(start: Start, tmp_p
     async with plane.db.write() as session:
         (await session.get_one(User, 1)).require_password_change = True
     assert (await stranger.get("/auth/config")).json() == ways | {"first_time_setup": True}
+    assert (await (await plane.admin()).put("/v2/users/1/password")).status_code == 200
+    again = await stranger.get("/auth/config")  # that one must be changed too, but is not the first
+    assert again.json() == ways | {"first_time_setup": False}
+
+
+async def test_a_user_name_is_what_is_typed(plane: Plane) -> None:
+    """Databases may compare without spaces at the end; the throttle counts what is typed."""
+    browser = await plane.through_gateway()
+    for name in ("admin ", " admin", "Admin"):
+        assert (await login(browser, FORM | {"username": name})).status_code == 401
+    assert (await login(browser, FORM)).status_code == 204
+
+
+async def test_a_reset_stands_against_a_change_that_was_under_way(plane: Plane) -> None:
+    browser = await plane.through_gateway()
+    assert (await login(browser, FORM)).status_code == 204
+    body = {"current_password": PASSWORD, "new_password": "Better-than-2"}
+    async with asyncio.TaskGroup() as group:
+        async with plane.db.write() as session:
+            change = group.create_task(browser.post("/auth/update-password", json=body))
+            await asyncio.sleep(1)  # it has compared, and waits for this
+            user = await session.get_one(User, 1)
+            await set_password(session, user, "another hash", must_change=True)
+    assert change.result().status_code == 401
+    async with plane.db.read() as session:
+        assert (await session.get_one(User, 1)).password_hash == "another hash"
 
 
 # --- trying passwords ------------------------------------------------------------------------

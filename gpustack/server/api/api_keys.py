@@ -55,6 +55,14 @@ async def create_api_key(db: Db, user: AnyUser, wanted: ApiKeyCreate) -> ApiKeyC
     One that is made with another key can do no more than that one.
     """
     _expect_allowed(user, wanted.scope, wanted.allowed_model_names)
+    expires_at = (
+        datetime.now(UTC) + timedelta(seconds=wanted.expires_in) if wanted.expires_in else None
+    )
+    if user.kind is CredentialKind.KEY and user.expires_at is not None:
+        if expires_at is None or expires_at > user.expires_at:
+            raise Forbidden(
+                "the key that you use ends: what it makes cannot end later (expires_in)"
+            )
     access, secret = secrets.token_hex(8), secrets.token_hex(16)
     value = f"gpustack_{access}_{secret}"
     row = Credential(
@@ -66,9 +74,7 @@ async def create_api_key(db: Db, user: AnyUser, wanted: ApiKeyCreate) -> ApiKeyC
         user_id=user.user_id,
         scopes=[*wanted.scope],
         allowed_model_names=wanted.allowed_model_names,
-        expires_at=(
-            datetime.now(UTC) + timedelta(seconds=wanted.expires_in) if wanted.expires_in else None
-        ),
+        expires_at=expires_at,
     )
     async with db.write() as session:
         await who_asks(session, user.user_id)

@@ -70,7 +70,8 @@ async def get_auth_config(db: Db) -> AuthConfig:
     """The ways in, for the login page."""
     async with db.read() as session:
         admin = await first_admin(session)
-    first_time = admin is not None and admin.require_password_change
+    # Every change of a user is a generation; a password that was reset is not the first one.
+    first_time = admin is not None and admin.require_password_change and admin.generation == 1
     # There is no other way in yet.
     return AuthConfig(is_local=True, is_oidc=False, is_saml=False, first_time_setup=first_time)
 
@@ -104,6 +105,8 @@ async def _open_session(db: Database, form: LoginForm) -> str:
         user = (
             await session.exec(select(User).where(User.username == form.username))
         ).one_or_none()
+    if user is not None and user.username != form.username:
+        user = None  # MySQL compares without spaces at the end; the throttle does not
     if not await passwords.matches(form.password, user.password_hash if user else None) or not user:
         raise Unauthorized(_WRONG)
     if not user.is_active:  # nor does anybody learn that it is disabled
@@ -156,8 +159,11 @@ async def update_password(
     if change.new_password == change.current_password:
         raise Invalid("the new password is the current one: choose another")
     hashed = await passwords.hash_password(change.new_password)
+    compared = row.password_hash
     async with db.write() as session:
         row = await who_asks(session, user.user_id)
+        if row.password_hash != compared:  # by an administrator, perhaps: that one stands
+            raise Unauthorized("the password was changed meanwhile: log in with the new one")
         await set_password(session, row, hashed, must_change=False, keep=user.credential_id)
     return Response(status_code=204)
 

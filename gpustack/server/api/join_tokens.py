@@ -7,7 +7,7 @@ from fastapi import APIRouter, Request, Response
 from sqlmodel import col, select
 
 from gpustack.config.options import Settings
-from gpustack.errors import NotFound
+from gpustack.errors import NotFound, Unavailable, raises
 from gpustack.lib.net import address_towards, url_host
 from gpustack.schemas.base import Page
 from gpustack.schemas.credentials import (
@@ -35,7 +35,9 @@ class TokenQuery(ListQuery):
 
 @router.get("/join-tokens")
 async def list_join_tokens(db: Db, admin: Admin, query: Asked[TokenQuery]) -> Page[JoinToken]:
-    """Those that have been used or have expired are among them, until others are made."""
+    """Those that have been used are among them until they expire, those that have expired until
+    another is made.
+    """
     return await page_of(db, query, _shown, col(Credential.kind) == CredentialKind.JOIN)
 
 
@@ -67,14 +69,20 @@ async def delete_join_token(db: Db, admin: Admin, token_id: Id) -> Response:
 
 
 @router.post("/cluster-token/rotate")
+@raises(Unavailable)
 async def rotate_cluster_token(request: Request, db: Db, admin: Admin) -> ClusterToken:
     """Replace the cluster's own token. Workers that have registered go on.
 
     The new one is in this answer and in <data-dir>/token of this server.
     """
     settings: Settings = request.app.state.settings
-    async with db.write() as session:
-        value = await join_tokens.rotate(session, settings.data_dir)
+    try:
+        async with db.write() as session:
+            value = await join_tokens.rotate(session, settings.data_dir)
+    except OSError as error:
+        raise Unavailable(
+            f"{settings.data_dir}/token cannot be written: {error.strerror}"
+        ) from None
     return ClusterToken(value=value, is_option=settings.token is not None)
 
 

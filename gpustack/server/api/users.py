@@ -7,7 +7,7 @@ from fastapi import APIRouter, Response
 from sqlalchemy.exc import IntegrityError
 from sqlmodel import col, select
 
-from gpustack.errors import Conflict, NotFound, TooMany, raises
+from gpustack.errors import Conflict, Forbidden, NotFound, TooMany, raises
 from gpustack.schemas.base import Page
 from gpustack.schemas.users import (
     MeUpdate,
@@ -23,7 +23,7 @@ from gpustack.server.api.context import Db, Id
 from gpustack.server.api.lists import Asked, SearchQuery, page_of
 from gpustack.server.api.repeated import Repeated
 from gpustack.server.auth import passwords
-from gpustack.server.auth.principals import Admin, AnyUser, LoggedIn
+from gpustack.server.auth.principals import Admin, AnyUser, LoggedIn, Principal
 from gpustack.server.db import tables
 from gpustack.server.db.bootstrap import new_password
 from gpustack.server.db.database import ReadSession, WriteSession, find
@@ -61,6 +61,8 @@ async def list_users(db: Db, admin: Admin, query: Asked[UserQuery]) -> Page[User
 @raises(Conflict, TooMany)
 async def create_user(db: Db, admin: Admin, wanted: UserCreate) -> UserCreated:
     """Make a user. A password that is generated is in this answer and nowhere else."""
+    if wanted.is_admin:
+        _expect_unlimited(admin)
     password, hashed = await _password(wanted.password)
     row = tables.User(
         **wanted.model_dump(exclude={"password", "require_password_change"}),
@@ -115,11 +117,15 @@ async def update_user(
     Made from another generation than the present one, it is refused (409) with the user as it is.
     Without If-Match or `generation`, the last writer wins.
     """
+    if wanted.password is not None:
+        _expect_unlimited(admin)
     hashed = (await _password(wanted.password))[1] if wanted.password is not None else None
     with _name_is_free(wanted.username):
         async with db.write() as session:
             row = await _get(session, user_id)
             _expect(session, row, if_match, wanted.generation)
+            if wanted.is_admin and not row.is_admin:
+                _expect_unlimited(admin)
             if row.is_admin and not wanted.is_admin:
                 await step_down(session, row)
             if row.is_active and wanted.is_active is False:
@@ -152,6 +158,7 @@ async def reset_password(
 
     One that is generated is in this answer and nowhere else, and must be changed at the next login.
     """
+    _expect_unlimited(admin)
     given = wanted.password if wanted else None
     password, hashed = await _password(given)
     async with db.write() as session:
@@ -177,6 +184,12 @@ def _name_is_free(username: str) -> Iterator[None]:
         yield
     except IntegrityError:
         raise Conflict(f"a user named {username} exists already") from None
+
+
+def _expect_unlimited(admin: Principal) -> None:
+    """Raises Forbidden: by way of another's login, the key could do what it may not do itself."""
+    if admin.is_limited:
+        raise Forbidden("an API key with limits sets no passwords and makes no administrators")
 
 
 def _expect(

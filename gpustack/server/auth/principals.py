@@ -42,6 +42,8 @@ class Principal:
 
     Attributes:
         credential_id: None for the loopback rule, which needs none.
+        allowed_model_names: an API key runs no others; None: all.
+        expires_at: the end of the credential.
         username, credential_name: as the audit log has them.
     """
 
@@ -52,9 +54,15 @@ class Principal:
     worker_id: int | None = None
     scopes: frozenset[Scope] = frozenset()
     allowed_model_names: frozenset[str] | None = None
+    expires_at: datetime | None = None
     password_change_required: bool = False
     username: str = ""
     credential_name: str = ""
+
+    @property
+    def is_limited(self) -> bool:
+        """Whether it may do less than its user may."""
+        return Scope.ALL not in self.scopes or self.allowed_model_names is not None
 
     def as_actor(self, peer: str) -> Actor:
         """Who acts, as events and the audit log say it."""
@@ -193,6 +201,7 @@ def _principal(row: Credential, user: User | None) -> Principal:
         is_admin=bool(user and user.is_admin),
         worker_id=row.worker_id,
         scopes=frozenset(Scope(scope) for scope in row.scopes),
+        expires_at=row.expires_at,
         allowed_model_names=(
             None if row.allowed_model_names is None else frozenset(row.allowed_model_names)
         ),

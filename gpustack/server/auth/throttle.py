@@ -45,6 +45,7 @@ class Failures:
         return at + delay_s - now
 
     def add(self, key: Hashable, now: float) -> None:
+        """One more, from now on."""
         count, at = self._last.pop(key, (0.0, now))
         left = max(count - (now - at) / FORGET_S, 0.0)
         # No more than what the longest wait needs: else that would go on long after an attack.
@@ -52,11 +53,20 @@ class Failures:
         self._last[key] = min(left + 1, most), now
         _limit(self._last)
 
-    def take_back(self, key: Hashable) -> None:
-        """Forget one."""
+    def of(self, key: Hashable) -> tuple[float, float] | None:
+        """How many there were, and when the last was."""
+        return self._last.get(key)
+
+    def take_back(self, key: Hashable, before: tuple[float, float] | None) -> None:
+        """Forget one; with it, that it was the last, unless there were others meanwhile.
+
+        Args:
+            before: what there was before that one.
+        """
         if key in self._last:
             count, at = self._last[key]
-            self._last[key] = max(count - 1, 0.0), at
+            since = before[1] if before is not None and count <= before[0] + 1 else at
+            self._last[key] = max(count - 1, 0.0), since
 
     def forget(self, key: Hashable) -> None:
         self._last.pop(key, None)
@@ -106,7 +116,10 @@ class Throttle:
             raise TooMany(
                 f"too many failed attempts: try again in {seconds} s", retry_after_s=seconds
             )
-        counted = (self._pairs, (name, place)), (self._addresses, place), (self._accounts, name)
+        counted: list[tuple[Failures, Hashable]] = [
+            (self._pairs, (name, place)), (self._addresses, place), (self._accounts, name),
+        ]  # fmt: skip
+        before = [failures.of(key) for failures, key in counted]
         for failures, key in counted:
             failures.add(key, self._clock())
         attempt = Attempt()
@@ -118,8 +131,8 @@ class Throttle:
             raise
         finally:
             if attempt.right or not found_out:
-                for failures, key in counted:
-                    failures.take_back(key)
+                for (failures, key), had in zip(counted, before, strict=True):
+                    failures.take_back(key, had)
             if not found_out:
                 self._turns[name, place] = self._clock()  # what was promised still is
                 _limit(self._turns)
