@@ -14,13 +14,12 @@ from gpustack.forward.listener import Exchange
 from gpustack.forward.metrics import Metric
 from gpustack.lib import carriers
 from gpustack.schemas import wire
-from gpustack.schemas.credentials import CredentialKind, Scope
+from gpustack.schemas.credentials import Scope
 from gpustack.schemas.instances import InstanceState, shown_state
 from gpustack.schemas.usage import UsageRecord
 from gpustack.schemas.workers import WorkerState
 from gpustack.server.auth.known import Known
-from gpustack.server.auth.last_uses import LastUses
-from gpustack.server.auth.principals import Principal, resolve
+from gpustack.server.auth.principals import Principal, note_use, resolve
 from gpustack.server.db.database import Database, ReadSession
 from gpustack.server.db.tables import Instance, Model, Worker
 from gpustack.server.feed import Feed
@@ -71,10 +70,7 @@ async def serve(sock: socket.socket, app: FastAPI, *, force_auth: bool) -> None:
     db: Database = app.state.db
 
     async def admit(exchange: Exchange) -> None:
-        found = await _admit(db, app.state.known, exchange)
-        if found.kind is CredentialKind.KEY and found.credential_id is not None:
-            last_uses: LastUses = app.state.last_uses
-            last_uses.used(found.credential_id)
+        note_use(await _admit(db, app.state.known, exchange), app.state.last_uses)
 
     async def gather() -> list[Metric]:
         served: Served = app.state.served

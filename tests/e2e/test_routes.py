@@ -20,11 +20,7 @@ from gpustack.server.heartbeats import Heartbeats
 from gpustack.worker import api as agent_api
 from tests.e2e.conftest import MakeNode
 from tests.support.node import Node
-from tests.support.routes import walk
-
-#: DESIGN: "Public without credentials: /healthz, /readyz, /version, the ways in below /auth/".
-#: Of those below /auth/, leaving and changing a password are no ways in.
-PUBLIC = {"/healthz", "/readyz", "/version", "/auth/login", "/auth/config"}
+from tests.support.routes import PUBLIC, walk
 
 
 @pytest.fixture(scope="module")

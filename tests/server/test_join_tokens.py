@@ -23,10 +23,8 @@ from tests.server.conftest import JOIN, Plane, Start, registration
 from tests.server.test_feed import Watch
 from tests.server.test_leases import on_shared
 from tests.support.audit import entries
-from tests.support.routes import walk
+from tests.support.routes import PUBLIC, walk
 
-#: Everybody's.
-PUBLIC = {"/healthz", "/readyz", "/version", "/auth/login", "/auth/config"}
 REGISTER = ("POST", "/v2/workers/register")
 
 

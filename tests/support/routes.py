@@ -2,6 +2,10 @@
 
 from collections.abc import Iterable, Iterator
 
+#: DESIGN: "Public without credentials: /healthz, /readyz, /version, the ways in below /auth/".
+#: Of those below /auth/, leaving and changing a password are no ways in.
+PUBLIC = {"/healthz", "/readyz", "/version", "/auth/login", "/auth/config"}
+
 
 def walk(routes: Iterable[object]) -> Iterator[tuple[str, str]]:
     """Method and path of each route, also of those in included routers."""

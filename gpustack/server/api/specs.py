@@ -76,9 +76,7 @@ async def to_edit(session: WriteSession, model_id: int) -> tables.Model:
         NotFound: there is none with this id.
         Conflict: it is being deleted.
     """
-    row = await session.get(tables.Model, model_id, with_for_update=True)
-    if row is None:
-        row = await get(session, tables.Model, model_id)
+    row = await get(session, tables.Model, model_id)
     if row.deleting:
         raise Conflict(f"model {row.name} is being deleted")
     return row

@@ -103,10 +103,14 @@ async def principal(request: Request) -> Principal:
     if shown is not None and found.kind is CredentialKind.SESSION and await _slide(db, found):
         if shown.cookie:  # a browser's ends when the session did, unless it is told
             request.state.renewed_cookie = cookie(shown.secret, sent.scheme)
-    if found.kind is CredentialKind.KEY and found.credential_id is not None:
-        last_uses: LastUses = request.app.state.last_uses
-        last_uses.used(found.credential_id)
+    note_use(found, request.app.state.last_uses)
     return found
+
+
+def note_use(found: Principal, last_uses: LastUses) -> None:
+    """Have an API key show that it was used now; for all else nobody asks when."""
+    if found.kind is CredentialKind.KEY and found.credential_id is not None:
+        last_uses.used(found.credential_id)
 
 
 @dataclass(frozen=True, slots=True)

@@ -45,31 +45,13 @@ async def bootstrap(
         await leases.alone(session)
         cluster = await session.get(Cluster, 1)
         if cluster is None:
-            given = token.reveal() if token else new_secret()
-            if token is None:
-                write_private(data_dir / "token", given + "\n")
-            cluster = Cluster(
-                cluster_id=new_secret(), epoch=new_secret()[:8], token_digest=digest(given)
-            )
-            session.add(cluster)
-            session.add(Counter(revision=0))
-            await session.flush()
+            cluster = await _new_cluster(session, data_dir, token)
         elif token is not None:
             cluster.token_digest = digest(token.reveal())
         _drop_stale(data_dir / "token", cluster)
         admin = await first_admin(session)
         if admin is None:
-            first = password.reveal() if password else new_password()
-            if password is None:
-                write_private(data_dir / "initial_admin_password", first + "\n")
-            admin = User(
-                username=ADMIN,
-                is_admin=True,
-                password_hash=hash_password(first),
-                require_password_change=password is None,
-            )
-            session.add(admin)
-            await session.flush()
+            admin = await _new_admin(session, data_dir, password, hash_password)
         node = f"{node_id(data_dir)} at {data_dir}"[:255]
         for kind, secret, user_id in (
             (CredentialKind.LOCAL, local_admin, admin.id),
@@ -77,6 +59,37 @@ async def bootstrap(
         ):
             await _own_credential(session, kind, secret, user_id, node=node)
     return cluster
+
+
+async def _new_cluster(session: WriteSession, data_dir: Path, token: Secret | None) -> Cluster:
+    given = token.reveal() if token else new_secret()
+    if token is None:
+        write_private(data_dir / "token", given + "\n")
+    cluster = Cluster(cluster_id=new_secret(), epoch=new_secret()[:8], token_digest=digest(given))
+    session.add(cluster)
+    session.add(Counter(revision=0))
+    await session.flush()
+    return cluster
+
+
+async def _new_admin(
+    session: WriteSession,
+    data_dir: Path,
+    password: Secret | None,
+    hash_password: Callable[[str], str],
+) -> User:
+    first = password.reveal() if password else new_password()
+    if password is None:
+        write_private(data_dir / "initial_admin_password", first + "\n")
+    admin = User(
+        username=ADMIN,
+        is_admin=True,
+        password_hash=hash_password(first),
+        require_password_change=password is None,
+    )
+    session.add(admin)
+    await session.flush()
+    return admin
 
 
 async def _own_credential(
