@@ -6,14 +6,12 @@ import random
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 
+from gpustack.client.place import Place
 from gpustack.errors import Forbidden, GPUStackError, Unauthorized
 from gpustack.lib.backoff import delay_s
 from gpustack.schemas.watch import EventType, WatchEvent
 
 logger = logging.getLogger(__name__)
-
-#: Events whose cursor is a place to resume from.
-COVERING = frozenset({EventType.SYNCED, EventType.HEARTBEAT})
 
 Connect = Callable[[str | None], AsyncGenerator[WatchEvent, None]]
 
@@ -38,22 +36,16 @@ async def follow(
     Raises:
         Unauthorized, Forbidden: the server refuses this credential.
     """
-    cursor, failures = since, 0
+    place, failures = Place(since), 0
     while True:
-        if cursor is None:
+        if place.connect():
             yield WatchEvent(type=EventType.RESYNC)
-        synced = False
         try:
-            async with aclosing(connect(cursor)) as stream:
+            async with aclosing(connect(place.cursor)) as stream:
                 async for event in stream:
-                    if event.type is EventType.RESYNC:
-                        cursor, synced = None, False
-                    elif event.type is EventType.SYNCED:
-                        synced, failures = True, 0
-                    # These cover all that was sent before them. One inside an unfinished list, or
-                    # of a change in a batch that is out of order, would skip the rest of it.
-                    if synced and event.type in COVERING and event.cursor is not None:
-                        cursor = event.cursor
+                    place.hear(event.type, event.cursor)
+                    if event.type is EventType.SYNCED:
+                        failures = 0
                     yield event
             why = "the server ended it"
         except (Unauthorized, Forbidden):

@@ -5,9 +5,11 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final
+from urllib.parse import quote
 
 import msgspec
 
+from gpustack.client.place import Place
 from gpustack.forward.fetch import FetchFailed, fetch, open_lines
 from gpustack.forward.http1 import Headers
 from gpustack.forward.upstream import Address, Pool
@@ -66,7 +68,7 @@ class Watch:
             (b"authorization", b"Bearer " + credential.encode()),
         ]
         self._changed = changed
-        self._cursor: str | None = None
+        self._place = Place()
         self._progress = asyncio.Event()
         self._wanted = asyncio.Event()
         self._reconnect = asyncio.Event()
@@ -98,20 +100,24 @@ class Watch:
                 pass
 
     async def _follow_once(self) -> None:
+        fresh = Tables() if self._place.connect() else None
         target = b"/v2/watch?kinds=" + ",".join(KINDS).encode()
+        if self._place.cursor is not None:
+            target += b"&since=" + quote(self._place.cursor).encode()
         async with open_lines(
             self._pool, self._server, target, self._headers, silence_s=_SILENCE_S
         ) as lines:
             if lines.status != 200:
+                self._place = Place()  # perhaps it was the cursor; a whole list is never wrong
                 raise FetchFailed(f"status {lines.status}")
-            fresh: Tables | None = Tables()
             async for line in lines:
                 if line:
                     fresh = self._take(_event.decode(line), fresh)
         raise FetchFailed("the server closed it")
 
     def _take(self, event: _Event, fresh: Tables | None) -> Tables | None:
-        """Take in one event. `fresh`: the tables being filled until `synced`, then None."""
+        """Take in one event. `fresh`: the tables being filled until `synced`, else None."""
+        self._place.hear(event.type, event.cursor)
         if event.type == "resync":
             self.connected = False
             return Tables()
@@ -124,14 +130,13 @@ class Watch:
                     logger.warning("%s %d is not readable: %s", event.kind, event.id, error)
             elif event.type == "delete":
                 tables.delete(event.kind, event.id)
-        if event.type == "synced" and fresh is not None:
-            self.tables, fresh = fresh, None
+        if event.type == "synced":
+            if fresh is not None:
+                self.tables, fresh = fresh, None
             self.connected = True
             logger.info("tables are complete")
         if fresh is None:
-            if event.cursor is not None:
-                self._cursor = event.cursor
-                self._progress.set()
+            self._progress.set()
             if event.type != "heartbeat":
                 self._changed()
         return fresh
@@ -184,7 +189,7 @@ class Watch:
         if answer.status != 200:
             return False
         wanted = msgspec.json.decode(answer.body, type=_Flushed).cursor
-        while not self.connected or not reached(self._cursor, wanted):
+        while not self.connected or not reached(self._place.cursor, wanted):
             self._progress.clear()
             await self._progress.wait()
         return True

@@ -24,6 +24,7 @@ async def test_tables_are_replaced_only_when_the_list_is_complete(tmp_path: Path
         async with gateway(tmp_path, server.port) as gate:
             old = gate.watch.tables
             server.synced.clear()
+            server.epoch = "restored"  # what was heard says nothing of this history
             for wire_ in list(server.watches):
                 wire_.die()
 
@@ -55,6 +56,44 @@ async def test_what_went_away_while_the_watch_was_lost_is_gone_after_it(tmp_path
                 return (await gate.chat()).status == 401
 
             await eventually(refused, "the deleted key is refused")
+
+
+async def test_a_watch_that_broke_goes_on_where_it_was(tmp_path: Path) -> None:
+    async with watch_server() as server:
+        fill(server)
+        async with gateway(tmp_path, server.port) as gate:
+            tables = gate.watch.tables
+            assert tables is not None
+            server.tell(server.line("heartbeat"))
+            reached_there = f"{server.epoch}.{server.revision}"
+            server.announces = False
+            server.put("models", model(8, "meanwhile"))
+            server.delete("models", 1)
+            for wire_ in list(server.watches):
+                wire_.die()
+
+            async def resumed() -> bool:
+                return set(tables.by_name) == {"meanwhile"}
+
+            await eventually(resumed, "the changes of meanwhile")
+            assert server.sinces == ["", reached_there]
+            assert gate.watch.tables is tables
+
+
+async def test_a_server_that_refuses_the_cursor_is_asked_for_everything(tmp_path: Path) -> None:
+    async with watch_server() as server:
+        fill(server)
+        async with gateway(tmp_path, server.port) as gate:
+            server.refuses_cursors = True
+            server.announces = False
+            server.delete("models", 1)
+            for wire_ in list(server.watches):
+                wire_.die()
+
+            async def new() -> bool:
+                return gate.watch.tables is not None and not gate.watch.tables.by_name
+
+            await eventually(new, "the whole list")
 
 
 async def test_a_resync_begins_a_new_list(tmp_path: Path) -> None:

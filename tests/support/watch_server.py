@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import Any
+from urllib.parse import parse_qs
 
 from tests.support.openai_engine import Engine, Seen, Wire, running
 
@@ -38,6 +39,7 @@ class WatchServer:
 
     Attributes:
         announces: changes go to the watches at once; else only a flush brings them.
+        sinces: where each watch asked to resume; "": it asked for the whole list.
         usage: bodies of POST /v2/usage.
         passed: all other requests.
         usage_status: what POST /v2/usage answers.
@@ -48,6 +50,9 @@ class WatchServer:
     revision: int = 1
     epoch: str = "e"
     announces: bool = True
+    history: list[tuple[int, bytes]] = field(default_factory=list)
+    refuses_cursors: bool = False
+    sinces: list[str] = field(default_factory=list)
     synced: asyncio.Event = field(default_factory=asyncio.Event)
     waiting: list[bytes] = field(default_factory=list)
     watches: set[Wire] = field(default_factory=set)
@@ -76,6 +81,7 @@ class WatchServer:
     def _change(self, type: str, kind: str, id: int, data: Object | None) -> None:
         self.revision += 1
         self.waiting.append(self.line(type, kind=kind, id=id, data=data))
+        self.history.append((self.revision, self.waiting[-1]))
         if self.announces:
             self.send_waiting()
 
@@ -93,9 +99,9 @@ class WatchServer:
             wire.writer.write(b"%x\r\n%b\r\n" % (len(line), line))
 
     async def answer(self, seen: Seen, wire: Wire) -> None:
-        path = seen.target.partition("?")[0]
+        path, _, query = seen.target.partition("?")
         if path == "/v2/watch":
-            await self._watch(wire)
+            await self._watch(wire, parse_qs(query).get("since", [""])[0])
         elif path == "/v2/watch/flush":
             self.flushes += 1
             await self.flushing.wait()
@@ -110,11 +116,23 @@ class WatchServer:
             self.passed.append(seen)
             await wire.json({"path": seen.target, "size": len(seen.body)})
 
-    async def _watch(self, wire: Wire) -> None:
+    async def _watch(self, wire: Wire, since: str) -> None:
+        self.sinces.append(since)
+        if since and self.refuses_cursors:
+            await wire.raw(b"HTTP/1.1 400 X\r\ncontent-length: 0\r\n\r\n")
+            return
         head = b"HTTP/1.1 200 OK\r\ncontent-type: application/x-ndjson\r\n"
         await wire.raw(head + b"transfer-encoding: chunked\r\n\r\n")
-        for (kind, id), one in list(self.objects.items()):
-            await wire.chunk(self.line("put", kind=kind, id=id, data=one))
+        epoch, _, revision = since.rpartition(".")
+        if since and epoch == self.epoch:
+            for changed, line in self.history:
+                if changed > int(revision):
+                    await wire.chunk(line)
+        else:
+            if since:
+                await wire.chunk(self.line("resync"))
+            for (kind, id), one in list(self.objects.items()):
+                await wire.chunk(self.line("put", kind=kind, id=id, data=one))
         await self.synced.wait()
         await wire.chunk(self.line("synced"))
         self.waiting = []
