@@ -4,7 +4,6 @@ from gpustack.client import resources
 from gpustack.client.caller import Caller
 from gpustack.schemas.apply import Applied, Apply
 from gpustack.schemas.credentials import ClusterToken
-from gpustack.schemas.settings import Setting, Settings
 
 
 class Client(Caller):
@@ -28,14 +27,11 @@ class Client(Caller):
         self.dashboard = resources.Dashboards(self)
         self.events = resources.Events(self)
         self.audit = resources.AuditLog(self)
+        self.settings = resources.Settings(self)
 
     async def apply(self, wanted: Apply) -> Applied:
         """Bring the cluster to what `wanted` says, all of it or nothing."""
         return await self.one("POST", "/v2/apply", Applied, wanted)
-
-    async def settings(self) -> list[Setting]:
-        """The start options of the server's node, as they are in effect."""
-        return (await self.one("GET", "/v2/settings", Settings)).items
 
     async def rotate_cluster_token(self) -> ClusterToken:
         """Replace the token with which workers register; those that have go on."""

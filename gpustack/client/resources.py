@@ -42,6 +42,7 @@ from gpustack.schemas.models import (
     ModelVersion,
     Rollback,
 )
+from gpustack.schemas.settings import Setting
 from gpustack.schemas.usage import UsageEntry, UsageSum
 from gpustack.schemas.users import (
     MeUpdate,
@@ -241,3 +242,9 @@ class AuditLog(Listed[AuditEntry]):
     async def verify(self) -> Audited:
         """Whether it is as it was written."""
         return await self._caller.one("GET", f"{self.PATH}/verify", Audited)
+
+
+class Settings(Listed[Setting]):
+    """The start options of the server's node, as they are in effect."""
+
+    PATH, KIND = "/v2/settings", Setting

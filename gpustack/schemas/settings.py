@@ -20,7 +20,3 @@ class Setting(Schema):
     hot: bool
     group: str
     meaning: str
-
-
-class Settings(Schema):
-    items: list[Setting]

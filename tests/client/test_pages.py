@@ -26,8 +26,8 @@ def blocks(page: Path) -> list[str]:
 
 def table(page: Path) -> dict[str, set[str]]:
     """Resource -> its methods, as the page's table has them."""
-    rows = re.findall(r"^\| `(\w+)` \| [^|]* \| ([a-z_, ]+) \|$", page.read_text(), re.MULTILINE)
-    return {name: set(methods.split(", ")) for name, methods in rows}
+    rows = re.findall(r"^\| `(\w+)` \| [^|]* \|([a-z_, ]+)\|$", page.read_text(), re.MULTILINE)
+    return {name: set(re.findall(r"\w+", methods)) for name, methods in rows}
 
 
 async def run(code: str, names: dict[str, Any]) -> None:

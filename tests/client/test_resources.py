@@ -192,7 +192,7 @@ async def use_what_is_only_read(client: Client) -> None:
     assert (await client.dashboard.get()).resource_counts.worker_count == 1
     assert (await client.dashboard.usage(model_ids=[1, 2])).top_users == []
     assert (await client.dashboard.usage_stats()).api_request_history == []
-    assert {"port", "data_dir"} <= {one.key for one in await client.settings()}
+    assert {"port", "data_dir"} <= {one.key for one in await client.settings.list()}
     assert (await client.audit.list(action=["create", "update"], limit=150))[0].username == "admin"
     assert (await client.audit.verify()).problem is None
     with pytest.raises(Invalid, match="no_such_filter"):
@@ -270,6 +270,6 @@ async def test_a_user_who_is_no_administrator_follows_the_own_keys(
 
 async def test_a_server_that_is_away_is_one_error() -> None:
     async with Client("http://127.0.0.1:1", timeout_s=1) as client:
-        for call in (client.models.list(), client.dashboard.get(), client.settings()):
+        for call in (client.models.list(), client.dashboard.get(), client.settings.list()):
             with pytest.raises(Unavailable, match="no answer from the server"):
                 await call

@@ -120,12 +120,10 @@ async def test_whatever_machines_ask_is_answered_as_described(
     await check(plane, tmp_path, share, *asked, credential=credential, settings="")
 
 
-@pytest.mark.parametrize("databases", ["sqlite"], indirect=True, scope="session")
 @pytest.mark.parametrize("share", SHARES)
 async def test_a_stranger_is_told_nothing_whatever_is_asked(
     plane: Plane, tmp_path: Path, share: Share
 ) -> None:
-    """No stranger gets as far as a database: one kind is enough."""
     asked = [f"--exclude-operation-id={name}" for name in PUBLIC]
     checks = "--checks=positive_data_acceptance,negative_data_rejection,status_code_conformance"
     said = await check(

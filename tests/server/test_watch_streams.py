@@ -149,14 +149,10 @@ async def test_a_browser_that_leaves_ends_its_watch(plane: Plane) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("databases", ["sqlite"], indirect=True, scope="session")
 async def test_a_watcher_that_never_reads_costs_an_entry_per_object_and_no_writer_waits(
     plane: Plane,
 ) -> None:
-    """100,000 changes against it, in 1,001 transactions; then it reads, and sees the newest.
-
-    What a watcher costs does not depend on the database: one kind is enough.
-    """
+    """100,000 changes against it, in 1,001 transactions; then it reads, and sees the newest."""
     objects, rounds = 100, 1000
     await add(plane, *(f"m{number}" for number in range(objects)))
 

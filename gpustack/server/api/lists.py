@@ -21,7 +21,7 @@ from gpustack.server.db.database import Database, ReadSession
 from gpustack.server.feed import Feed
 from gpustack.server.views import VISIBLE, Audience, load_ids, rows_for
 
-T = TypeVar("T", bound="ListQuery")
+T = TypeVar("T", bound="PageQuery")
 Q = TypeVar("Q", bound=GenerativeSelect)
 
 #: A list's query, as a parameter of its handler.
@@ -43,8 +43,20 @@ Day = Annotated[date, BeforeValidator(_is_written_out)]
 Show = Callable[[ReadSession, Sequence[int]], Awaitable[Mapping[int, BaseModel]]]
 
 
-class ListQuery(Input):
-    """What every list can be asked. Fields of subclasses are filters.
+class PageQuery(Input):
+    """Which part of a list."""
+
+    page: int = Field(1, ge=1, le=10**12)
+    perPage: int = Field(100, ge=1, le=100)
+
+    @property
+    def before(self) -> int:
+        """How many objects stand on the pages before."""
+        return (self.page - 1) * self.perPage
+
+
+class ListQuery(PageQuery):
+    """What every list of rows can be asked. Fields of subclasses are filters.
 
     A filter or a word of `sort_by` stands for the column of that name, or for the expression of
     that name in `COLUMNS`. Of a filter's several values, any may hold.
@@ -60,8 +72,6 @@ class ListQuery(Input):
     #: Fields that are no filters.
     COMMON: ClassVar[frozenset[str]] = frozenset({"page", "perPage", "sort_by"})
 
-    page: int = Field(1, ge=1, le=10**12)
-    perPage: int = Field(100, ge=1, le=100)
     sort_by: str | None = None
 
     @classmethod
@@ -103,7 +113,7 @@ class ListQuery(Input):
 
     def part(self, query: Q) -> Q:
         """The page of a query's rows."""
-        return query.offset((self.page - 1) * self.perPage).limit(self.perPage)
+        return query.offset(self.before).limit(self.perPage)
 
     def _column(self, name: str) -> Any:
         return self.COLUMNS[name] if name in self.COLUMNS else getattr(self.TABLE, name)
@@ -193,6 +203,6 @@ async def page_of(
     return Page(items=[shown[key] for key in ids], pagination=pagination(asked, total))
 
 
-def pagination(asked: ListQuery, total: int) -> Pagination:
+def pagination(asked: PageQuery, total: int) -> Pagination:
     pages = (total + asked.perPage - 1) // asked.perPage
     return Pagination(page=asked.page, perPage=asked.perPage, total=total, totalPage=pages)
