@@ -138,6 +138,13 @@ class ServerOptions:
         "Addresses or networks whose forwarding headers are believed; repeatable.",
         "其转发头可信的地址或网段；可重复。",
     )  # fmt: skip
+    revoked_streams: str = option(
+        "--revoked-streams", "str", "finish",
+        "What becomes of an open request to a model whose API key is revoked or narrowed, or whose "
+        "user is disabled.",
+        "API 密钥被吊销或收窄、用户被禁用时，其正在进行的模型请求如何处理：完成或立即结束。",
+        choices=("finish", "end"), hot=True,
+    )  # fmt: skip
     unreachable_grace: float = option(
         "--unreachable-grace", "duration", 300.0,
         "How long a silent worker keeps its instances before they are replaced, "

@@ -18,6 +18,7 @@ from gpustack.gateway.routes import GATEWAY as ROUTES
 from gpustack.gateway.routing import Routing
 from gpustack.gateway.spool import Spool
 from gpustack.gateway.watch import Disk, Watch
+from gpustack.gateway.withdrawals import Withdrawals
 from gpustack.lib.role import Boot, leave
 
 __all__ = ["ROUTES", "data_plane", "serve"]
@@ -61,8 +62,10 @@ async def data_plane(
     routing = Routing(counts, settings.data_dir / "worker_credential")
     usage = settings.data_dir / "usage"
     spool = Spool.create(usage)
+    withdrawals = Withdrawals()
 
     def changed() -> None:
+        withdrawals.changed()
         routing.changed()
         disk.changed()
 
@@ -81,7 +84,13 @@ async def data_plane(
             force_auth_localhost=settings.force_auth_localhost,
         )
         public = Public(Front(plane), settings)
-        lasting = [public.open_tls(), watch.follow(), watch.answer_refreshes(), delivery.run()]
+        lasting = [
+            public.open_tls(),
+            watch.follow(),
+            watch.answer_refreshes(),
+            delivery.run(),
+            withdrawals.run(watch, public.listener, public.ends_revoked),
+        ]
         if keeps_snapshot:
             lasting.append(disk.keep(watch))
         tasks = [group.create_task(each) for each in lasting]

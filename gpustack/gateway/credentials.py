@@ -5,7 +5,7 @@ from typing import Final
 
 from gpustack.errors import Forbidden, PasswordChangeRequired, Unauthorized
 from gpustack.forward.http1 import Headers, first
-from gpustack.gateway.tables import Credential
+from gpustack.gateway.tables import Credential, Tables
 from gpustack.lib.carriers import CARRIERS, Shown, shown
 from gpustack.lib.origin import is_foreign
 from gpustack.schemas.wire import SESSION_COOKIE
@@ -44,6 +44,21 @@ def check(credential: Credential, *, cookie: bool, method: str, headers: Headers
         raise PasswordChangeRequired()
     if cookie and method not in ("GET", "HEAD") and _is_foreign(headers):
         raise Forbidden("A page of another origin may not use this session.")
+
+
+def check_again(then: Credential, tables: Tables, model: str | None) -> None:
+    """Return if a request that `then` opened, and that runs `model`, may go on.
+
+    Raises:
+        Unauthorized: the credential is gone or has expired, or its user is disabled.
+        Forbidden: it may not any more.
+    """
+    now = tables.credentials.get(then.id)
+    if now is None or now.digest != then.digest:
+        raise Unauthorized("This credential was revoked.")
+    check(now, cookie=False, method="POST", headers=[])
+    if model is not None and not may_run(now, model):
+        raise Forbidden(f"This API key is not for the model {model!r} any more.")
 
 
 def may_run(credential: Credential | None, model: str) -> bool:

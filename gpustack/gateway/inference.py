@@ -1,24 +1,25 @@
 """One request to a model, from its first byte to its last."""
 
 import time
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterator
 from typing import Any, Final
 
 from gpustack.errors import BadRequest, Forbidden, GPUStackError, NoReadyInstance, Unavailable
 from gpustack.forward.address import FORWARDING
 from gpustack.forward.exchange import IGNORED, Exchange, Receiver
 from gpustack.forward.http1 import Headers, end_to_end, first
+from gpustack.forward.listener import Server
 from gpustack.forward.upstream import Call, Failure
 from gpustack.gateway.answers import EngineUnreachable, ModelNotFound, refuse
 from gpustack.gateway.asked import Asked, understand
-from gpustack.gateway.credentials import may_run
+from gpustack.gateway.credentials import check_again, may_run
 from gpustack.gateway.metering import Reader, StreamReader, UsageFilter, WholeReader
 from gpustack.gateway.partial import model_of
 from gpustack.gateway.plane import Plane, Stranger
 from gpustack.gateway.routes import OPERATIONS
 from gpustack.gateway.routing import RELAY_REFUSED, Target, not_ready
 from gpustack.gateway.spool import Record
-from gpustack.gateway.tables import Credential, Model
+from gpustack.gateway.tables import Credential, Model, Tables
 from gpustack.lib.secrets import new_secret
 from gpustack.schemas.wire import PRIVATE_PREFIX
 
@@ -135,6 +136,16 @@ class Inference:
             self._call.abort()
         self._release()
         self._settle(cut=True)
+
+    def end_if_withdrawn(self, tables: Tables) -> None:
+        """End the request, whatever has come of it, if who sent it may not any more."""
+        if self._credential is None or self._exchange.finished:
+            return
+        try:
+            check_again(self._credential, tables, self._model.name if self._model else None)
+        except GPUStackError as error:
+            refuse(self._exchange, error)
+            self.client_left()
 
     def pause(self) -> None:
         if self._call is not None:
@@ -397,3 +408,11 @@ class Inference:
         else:
             record.prompt_tokens = 0
         self._plane.ledger.end(record)
+
+
+def open_requests(listener: Server) -> Iterator[Inference]:
+    """The requests to models that are not answered to their end."""
+    for connection in listener.connections:
+        for exchange in connection.queue:
+            if isinstance(exchange.receiver, Inference) and not exchange.finished:
+                yield exchange.receiver

@@ -13,7 +13,7 @@ from gpustack.forward.exchange import IGNORED, Exchange, Receiver
 from gpustack.forward.listener import App, Server
 from gpustack.gateway import cors, proxies
 from gpustack.gateway.answers import refuse
-from gpustack.gateway.inference import Inference
+from gpustack.gateway.inference import open_requests
 from gpustack.gateway.routes import is_inference
 from gpustack.gateway.tls import Certificate
 from gpustack.lib.role import Boot
@@ -90,17 +90,14 @@ class Public:
         self.listener.app = self._app()
         try:
             async with asyncio.timeout(limit_s):
-                while self._busy():  # noqa: ASYNC110  once in a life: no event is worth it
+                while any(open_requests(self.listener)):  # noqa: ASYNC110  once in a life: no event is worth it
                     await asyncio.sleep(_LOOK_S)
         except TimeoutError:
             pass
 
-    def _busy(self) -> bool:
-        return any(
-            isinstance(exchange.receiver, Inference) and not exchange.finished
-            for connection in self.listener.connections
-            for exchange in connection.queue
-        )
+    def ends_revoked(self) -> bool:
+        """Whether open requests to models end when their credential is withdrawn."""
+        return self._settings.revoked_streams == "end"
 
 
 def _refusing_inference(front: App) -> App:
