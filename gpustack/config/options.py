@@ -56,8 +56,7 @@ VARIABLES = {
 WAITING = frozenset(
     """
     disable_rpc_servers disable_update_check distributed_worker_port_range
-    enable_hf_transfer enable_hf_xet enable_ray external_auth_avatar_url external_auth_full_name
-    external_auth_name gateway_kubeconfig image_name_override image_repo
+    enable_hf_transfer enable_hf_xet enable_ray gateway_kubeconfig image_name_override image_repo
     model_catalog_file namespace oidc_client_id oidc_client_secret oidc_issuer oidc_redirect_uri
     oidc_use_userinfo ollama_library_base_url pipx_path proxy_mode ray_args ray_client_server_port
     ray_dashboard_agent_grpc_port ray_dashboard_agent_listen_port ray_dashboard_port

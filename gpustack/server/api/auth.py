@@ -1,7 +1,6 @@
 """Ways in: which there are, log in, log out, change the password."""
 
 import logging
-from datetime import UTC, datetime
 from typing import Any
 from urllib.parse import parse_qs
 
@@ -11,6 +10,7 @@ from sqlmodel import select
 
 from gpustack.errors import (
     BadRequest,
+    Conflict,
     Forbidden,
     Invalid,
     TooLarge,
@@ -18,18 +18,17 @@ from gpustack.errors import (
     Unauthorized,
     raises,
 )
-from gpustack.lib.secrets import digest, new_secret
-from gpustack.schemas.credentials import CredentialKind, Scope
+from gpustack.schemas.credentials import CredentialKind
 from gpustack.schemas.users import AuthConfig, PasswordUpdate
 from gpustack.server.api.context import Db, raw_body
 from gpustack.server.api.repeated import Repeated
 from gpustack.server.auth import passwords
 from gpustack.server.auth.principals import LoggedIn, Stranger
-from gpustack.server.auth.sessions import SESSION_LIFE, cookie, no_cookie
+from gpustack.server.auth.sessions import begin, cookie, no_cookie
 from gpustack.server.auth.throttle import Throttle
 from gpustack.server.db.database import Database, find
 from gpustack.server.db.tables import Credential, User
-from gpustack.server.db.users import first_admin, set_password, who_asks
+from gpustack.server.db.users import expect_local, first_admin, set_password, who_asks
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +39,7 @@ LOGIN_BODY_LIMIT = 8192
 _WRONG = (
     "the user name or the password is wrong: try again, or ask an administrator for a new "
     "password; `gpustack reset-admin-password` on the server's machine makes the first "
-    "administrator one"
+    "administrator one; users of an identity provider have no password here, and log in there"
 )
 
 
@@ -98,8 +97,8 @@ async def _open_session(db: Database, form: LoginForm) -> str:
     """The secret of a new session.
 
     Raises:
-        Unauthorized: user name or password are wrong. Neither the answer
-        nor its time tells which.
+        Unauthorized: user name or password are wrong, or the user has none here. Neither the
+        answer nor its time tells which.
     """
     async with db.read() as session:
         user = (
@@ -111,22 +110,12 @@ async def _open_session(db: Database, form: LoginForm) -> str:
         raise Unauthorized(_WRONG)
     if not user.is_active:  # nor does anybody learn that it is disabled
         raise Unauthorized(_WRONG)
-    secret = new_secret() + new_secret()
     async with db.write() as session:
         now = await find(session, User, user.id)
         # Changed while it was compared.
         if now is None or not now.is_active or now.password_hash != user.password_hash:
             raise Unauthorized(_WRONG)
-        session.add(
-            Credential(
-                kind=CredentialKind.SESSION,
-                digest=digest(secret),
-                user_id=user.id,
-                scopes=[Scope.ALL],
-                expires_at=datetime.now(UTC) + SESSION_LIFE,
-            )
-        )
-    return secret
+        return begin(session, now)
 
 
 @router.post("/logout", status_code=204)
@@ -141,13 +130,14 @@ async def logout(db: Db, user: LoggedIn, sender: Stranger) -> Response:
 
 
 @router.post("/update-password", status_code=204)
-@raises(TooMany)
+@raises(Conflict, TooMany)
 async def update_password(
     request: Request, db: Db, user: LoggedIn, sender: Stranger, change: PasswordUpdate
 ) -> Response:
     """Change the own password. Every other session of the user ends."""
     async with db.read() as session:
         row = await who_asks(session, user.user_id)
+    expect_local(row)
     throttle: Throttle = request.app.state.throttle
     with throttle.attempt(row.username, sender.peer) as attempt:
         if not await passwords.matches(change.current_password, row.password_hash):

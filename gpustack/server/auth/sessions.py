@@ -1,12 +1,37 @@
-"""The cookie that a login leaves in a browser."""
+"""What a login opens, however it was made, and the cookie that it leaves in a browser."""
 
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
+from typing import Any
 
+from gpustack.lib.secrets import digest, new_secret
 from gpustack.schemas import wire
+from gpustack.schemas.credentials import CredentialKind, Scope
+from gpustack.server.db.database import WriteSession
+from gpustack.server.db.tables import Credential, User
 
 SESSION_LIFE = timedelta(hours=2)  # sliding
 #: A session's end moves at most this often, so that reading pages is not writing.
 SESSION_STEP = timedelta(minutes=5)
+
+
+def begin(session: WriteSession, user: User, provider_session: dict[str, Any] | None = None) -> str:
+    """The secret of a new session of `user`, whose row the transaction has locked.
+
+    Args:
+        provider_session: what the identity provider needs to end its own session; never shown.
+    """
+    secret = new_secret() + new_secret()
+    session.add(
+        Credential(
+            kind=CredentialKind.SESSION,
+            digest=digest(secret),
+            user_id=user.id,
+            scopes=[Scope.ALL],
+            expires_at=datetime.now(UTC) + SESSION_LIFE,
+            provider_session=provider_session,
+        )
+    )
+    return secret
 
 
 def cookie(secret: str, scheme: str) -> str:
