@@ -135,6 +135,12 @@ class AuthConfig(Schema):
     first_time_setup: bool
 
 
+class LoggedOut(Schema):
+    """Where the browser goes to end the identity provider's session too, and comes back from."""
+
+    logout_url: str
+
+
 class PasswordUpdate(Body):
     current_password: str
     new_password: str

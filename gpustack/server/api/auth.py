@@ -5,6 +5,7 @@ from typing import Any
 from urllib.parse import parse_qs
 
 from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 from sqlmodel import select
 
@@ -19,10 +20,11 @@ from gpustack.errors import (
     raises,
 )
 from gpustack.schemas.credentials import CredentialKind
-from gpustack.schemas.users import AuthConfig, PasswordUpdate
+from gpustack.schemas.users import AuthConfig, LoggedOut, PasswordUpdate, Source
 from gpustack.server.api.context import Db, raw_body
 from gpustack.server.api.repeated import Repeated
 from gpustack.server.auth import passwords
+from gpustack.server.auth.external import Elsewhere
 from gpustack.server.auth.principals import LoggedIn, Stranger
 from gpustack.server.auth.sessions import begin, cookie, no_cookie
 from gpustack.server.auth.throttle import Throttle
@@ -65,14 +67,19 @@ _FORM: dict[str, Any] = {
 
 
 @router.get("/config")
-async def get_auth_config(db: Db) -> AuthConfig:
+async def get_auth_config(request: Request, db: Db) -> AuthConfig:
     """The ways in, for the login page."""
     async with db.read() as session:
         admin = await first_admin(session)
     # Every change of a user is a generation; a password that was reset is not the first one.
     first_time = admin is not None and admin.require_password_change and admin.generation == 1
-    # There is no other way in yet.
-    return AuthConfig(is_local=True, is_oidc=False, is_saml=False, first_time_setup=first_time)
+    there = request.app.state.providers
+    return AuthConfig(
+        is_local=True,
+        is_oidc=Source.OIDC in there,
+        is_saml=Source.SAML in there,
+        first_time_setup=first_time,
+    )
 
 
 @router.post("/login", status_code=204, openapi_extra=_FORM)
@@ -118,15 +125,26 @@ async def _open_session(db: Database, form: LoginForm) -> str:
         return begin(session, now)
 
 
-@router.post("/logout", status_code=204)
-async def logout(db: Db, user: LoggedIn, sender: Stranger) -> Response:
-    """End the session that asks, on the server too."""
+@router.post("/logout", status_code=204, responses={200: {"model": LoggedOut}})
+async def logout(request: Request, db: Db, user: LoggedIn, sender: Stranger) -> Response:
+    """End the session that asks, on the server too.
+
+    Where an identity provider has a session of its own, the answer says where to end that.
+    """
+    kept = None
     if user.kind is CredentialKind.SESSION:
         async with db.write() as session:
             row = await find(session, Credential, user.credential_id)
             if row is not None:
+                kept = row.provider_session
                 await session.delete(row)
-    return Response(status_code=204, headers={"Set-Cookie": no_cookie(sender.scheme)})
+    headers = {"Set-Cookie": no_cookie(sender.scheme)}
+    if kept is not None:
+        provider: Elsewhere | None = request.app.state.providers.get(kept.get("source"))
+        url = await provider.logout_url(kept) if provider is not None else None
+        if url is not None:
+            return JSONResponse(LoggedOut(logout_url=url).model_dump(), headers=headers)
+    return Response(status_code=204, headers=headers)
 
 
 @router.post("/update-password", status_code=204)

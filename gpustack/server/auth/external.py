@@ -8,7 +8,7 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
-from typing import Any, Final
+from typing import Any, Final, Protocol
 from urllib.parse import urlsplit
 
 from sqlalchemy.exc import IntegrityError
@@ -33,6 +33,17 @@ AVATAR_URL_LENGTH: Final = 2048
 _PAUSES_S: Final = (0.05, 0.1, 0.2, 0.4, 0.8)
 #: Names that are looked up at a time.
 _CHUNK: Final = 50
+
+
+class Elsewhere(Protocol):
+    """An identity provider, as a logout knows it."""
+
+    async def logout_url(self, provider_session: Mapping[str, Any]) -> str | None:
+        """Where a browser ends its session there; None: nowhere.
+
+        Args:
+            provider_session: what was kept at the login.
+        """
 
 
 @dataclass(frozen=True, slots=True)
