@@ -251,6 +251,7 @@ BAD: dict[str, tuple[Make, dict[str, Any]]] = {
     "another issuer": (right, {"iss": "http://127.0.0.1:1"}),
     "no issuer": (right, {"iss": None}),
     "another audience": (right, {"aud": "other"}),
+    "another audience, by this client": (right, {"aud": "other", "azp": CLIENT}),
     "other audiences": (right, {"aud": ["other", "gpustack2"]}),
     "no audience": (right, {"aud": None}),
     "another authorized party": (right, {"azp": "other"}),

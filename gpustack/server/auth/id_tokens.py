@@ -82,12 +82,8 @@ def check(token: str, keys: Sequence[Mapping[str, Any]], wanted: Expected) -> di
 
 
 def _fits(key: Mapping[str, Any], algorithm: str, kid: object) -> bool:
-    return (
-        key.get("kty") == KEY_TYPES[algorithm]
-        and key.get("use", "sig") == "sig"
-        and key.get("alg", algorithm) == algorithm
-        and (kid is None or kid == key.get("kid"))
-    )
+    # What it is for besides, by `use`, `alg` or its curve, is the library's to check.
+    return key.get("kty") == KEY_TYPES[algorithm] and kid in (None, key.get("kid"))
 
 
 def _signed(token: str, key: Mapping[str, Any], algorithm: str) -> bool:
