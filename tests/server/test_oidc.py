@@ -247,7 +247,8 @@ BAD: dict[str, tuple[Make, dict[str, Any]]] = {
     "a key of another type": (lambda c: signed(c, ec_key("two"), "ES256", kid="one"), {}),
     "an algorithm that was not announced": (lambda c: signed(c, rsa_key("one"), "RS512"), {}),
     "no token": (lambda _: "a.b", {}),
-    "no claims": (lambda _: signed([], rsa_key("one")), {}),  # type: ignore[arg-type]
+    "no claims": (lambda _: signed("[]", rsa_key("one")), {}),
+    "claims that go too deep": (lambda _: signed("[" * 100_000, rsa_key("one")), {}),
     "another issuer": (right, {"iss": "http://127.0.0.1:1"}),
     "no issuer": (right, {"iss": None}),
     "another audience": (right, {"aud": "other"}),

@@ -30,12 +30,13 @@ def ec_key(name: str) -> ECKey:
     return ECKey.generate_key("P-256", {"kid": name, "use": "sig"})
 
 
-def signed(claims: dict[str, Any], key: Key, algorithm: str = "RS256", **header: Any) -> str:
+def signed(claims: dict[str, Any] | str, key: Key, algorithm: str = "RS256", **header: Any) -> str:
     """A token as the provider makes it. A header that is None is left out."""
     said = {"alg": algorithm, "kid": key.kid} | header
     said = {name: value for name, value in said.items() if value is not None}
     registry = jws.JWSRegistry(algorithms=[algorithm])
-    return jws.serialize_compact(said, json.dumps(claims), key, registry=registry)
+    content = claims if isinstance(claims, str) else json.dumps(claims)
+    return jws.serialize_compact(said, content, key, registry=registry)
 
 
 def at_hash(token: str = ACCESS) -> str:

@@ -62,7 +62,7 @@ def check(token: str, keys: Sequence[Mapping[str, Any]], wanted: Expected) -> di
     """
     try:
         read = jws.extract_compact(token.encode())
-    except (JoseError, ValueError, TypeError):
+    except (JoseError, ValueError, TypeError, RecursionError):
         raise Untrusted("it is no signed token") from None
     header = read.headers()
     algorithm, kid = header.get("alg"), header.get("kid")
@@ -76,7 +76,7 @@ def check(token: str, keys: Sequence[Mapping[str, Any]], wanted: Expected) -> di
     try:
         claims = json.loads(read.payload)
         _validate(claims, header, wanted)
-    except (JoseError, ValueError, TypeError, AttributeError) as error:
+    except (JoseError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise Untrusted(_words(error)) from None
     return dict(claims)
 
