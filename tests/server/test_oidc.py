@@ -398,6 +398,7 @@ async def provider(fake: FakeOidc, call_s: float = 30) -> AsyncIterator[Provider
     [
         ({"issuer": "https://other.example"}, "it calls itself 'https://other.example'"),
         ({"token_endpoint": "http://id.example/token"}, "its token_endpoint is 'http://id.ex"),
+        ({"jwks_uri": "https://a\u0000b/"}, "/) cannot be used: "),
         ({"jwks_uri": None}, "its jwks_uri is 'None': want an https URL"),
         ({"authorization_endpoint": ["x"]}, "its authorization_endpoint is"),
         ({"end_session_endpoint": "javascript:x"}, "its end_session_endpoint is"),
@@ -460,12 +461,15 @@ async def test_a_provider_that_is_away_is_a_sentence_and_soon_back(
     assert answer.json()["message"].startswith(AWAY)
 
 
-async def test_a_provider_that_says_nothing_is_not_waited_for(fake: FakeOidc) -> None:
+async def test_a_provider_that_says_nothing_is_not_waited_for(
+    fake: FakeOidc, caplog: pytest.LogCaptureFixture
+) -> None:
     fake.hangs = {"/jwks"}
     async with provider(fake, call_s=0.5) as it:
         with pytest.raises(Unavailable, match=AWAY):
             await it.login_url("secret")
     assert fake.asked[-1] == "GET /jwks"
+    assert "it does not answer within 0.5 s" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -478,6 +482,7 @@ async def test_a_provider_that_says_nothing_is_not_waited_for(fake: FakeOidc) ->
         ("http://127.0.0.1.example", False),
         ("https://", False),
         ("https://[x", False),
+        ("https://id.example:99999", False),
         ("file:///etc/passwd", False),
         (None, False),
     ],

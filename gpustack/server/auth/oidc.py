@@ -117,9 +117,9 @@ def metadata(said: Mapping[str, Any], issuer: str) -> dict[str, Any]:
 
 
 def _texts(said: Any, default: str) -> tuple[str, ...]:
-    return (
-        tuple(one for one in said if isinstance(one, str)) if isinstance(said, list) else (default,)
-    )
+    if not isinstance(said, list):
+        return (default,)
+    return tuple(one for one in said if isinstance(one, str))
 
 
 def is_safe(url: object) -> bool:
@@ -128,7 +128,7 @@ def is_safe(url: object) -> bool:
         return False
     try:
         parts = urlsplit(url)
-        host = parts.hostname or ""
+        host, _ = parts.hostname or "", parts.port  # which raises when it is none
     except ValueError:
         return False
     return bool(host) and (
@@ -332,22 +332,23 @@ class Provider:
         Raises:
             Unavailable: there is no such answer in time.
         """
+        raw = b""
         try:
             async with (
                 asyncio.timeout(self._call_s),
                 self._calls,
                 self._http.stream(method, url, **more) as answer,
             ):
-                raw = b""
                 async for part in answer.aiter_bytes():
                     raw += part
                     if len(raw) > ANSWER_BYTES:
                         raise self._away(url, "its answer is too long")
-                body = json.loads(raw) if raw else {}
         except TimeoutError:
             raise self._away(url, f"it does not answer within {self._call_s:g} s") from None
-        except httpx.HTTPError as error:
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise self._away(url, str(error) or type(error).__name__) from None
+        try:
+            body = json.loads(raw) if raw else {}
         except (ValueError, RecursionError):
             raise self._away(url, f"it answers {answer.status_code} and no JSON") from None
         if not isinstance(body, dict):
