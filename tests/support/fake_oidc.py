@@ -16,7 +16,7 @@ from urllib.parse import parse_qs, unquote_plus, urlencode, urlsplit
 from joserfc import jws
 from joserfc.jwk import ECKey, Key, RSAKey
 
-CLIENT, SECRET = "gpustack", "loopback client/secret:0"
+CLIENT, SECRET = "gpustack", "loopback+client%20secret:0"
 ACCESS = "access-token-of-the-fake-provider"
 
 
