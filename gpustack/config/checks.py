@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 from gpustack.config.option import PortRange
 from gpustack.config.options import Settings
-from gpustack.lib.net import interface_address, without_credentials
+from gpustack.lib.net import interface_address, is_loopback, without_credentials
 
 Origins = Mapping[str, str]
 
@@ -43,8 +43,15 @@ _ONE_POOL = {"ray_worker_port_range", "distributed_worker_port_range"}
 def contradictions(settings: Settings, origins: Origins) -> Iterator[str]:
     """A sentence for each, which names the options, where they come from and the way out."""
     yield from _ports_twice(settings, origins)
-    for together in (_OIDC, _SAML, _SP_KEY, _TLS):
+    is_derived = settings.server_external_url is not None and settings.oidc_redirect_uri is None
+    for together in (_OIDC[:-1] if is_derived else _OIDC, _SAML, _SP_KEY, _TLS):
         yield from _incomplete(settings, origins, together)
+    if settings.oidc_issuer is not None and not _is_safe(settings.oidc_issuer):
+        got = without_credentials(settings.oidc_issuer)
+        yield (
+            f"{_name('oidc_issuer', origins)}: want an https URL, since whoever can change what "
+            f"the provider says can log in as anybody, got {got}; http is for this machine alone"
+        )
     if settings.oidc_use_userinfo and settings.oidc_issuer is None:
         yield f"{_name('oidc_use_userinfo', origins)} needs --oidc-issuer"
     if settings.oidc_issuer is None and settings.saml_idp_server_url is None:
@@ -73,6 +80,11 @@ def contradictions(settings: Settings, origins: Origins) -> Iterator[str]:
             f"{_name('server_url', origins)} needs --token: the content of <data-dir>/token on "
             "the server"
         )
+
+
+def _is_safe(issuer: str) -> bool:
+    parts = urlsplit(issuer)
+    return parts.scheme == "https" or is_loopback(parts.hostname or "")
 
 
 def unusable(settings: Settings, origins: Origins) -> Iterator[str]:

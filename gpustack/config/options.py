@@ -56,13 +56,11 @@ VARIABLES = {
 WAITING = frozenset(
     """
     disable_rpc_servers disable_update_check distributed_worker_port_range
-    enable_hf_transfer enable_hf_xet enable_ray external_auth_avatar_url external_auth_full_name
-    external_auth_name gateway_kubeconfig image_name_override image_repo
-    model_catalog_file namespace oidc_client_id oidc_client_secret oidc_issuer oidc_redirect_uri
-    oidc_use_userinfo ollama_library_base_url pipx_path proxy_mode ray_args ray_client_server_port
-    ray_dashboard_agent_grpc_port ray_dashboard_agent_listen_port ray_dashboard_port
-    ray_metrics_export_port ray_node_manager_port ray_object_manager_port ray_port
-    ray_runtime_env_agent_port ray_worker_port_range resources rpc_server_args
+    enable_hf_transfer enable_hf_xet enable_ray gateway_kubeconfig image_name_override image_repo
+    model_catalog_file namespace ollama_library_base_url pipx_path proxy_mode ray_args
+    ray_client_server_port ray_dashboard_agent_grpc_port ray_dashboard_agent_listen_port
+    ray_dashboard_port ray_metrics_export_port ray_node_manager_port ray_object_manager_port
+    ray_port ray_runtime_env_agent_port ray_worker_port_range resources rpc_server_args
     rpc_server_port_range saml_idp_entity_id saml_idp_server_url saml_idp_x509_cert
     saml_security saml_sp_acs_url saml_sp_attribute_prefix saml_sp_entity_id saml_sp_private_key
     saml_sp_x509_cert service_discovery_name system_default_container_registry

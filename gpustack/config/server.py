@@ -175,8 +175,8 @@ class ServerOptions:
     )  # fmt: skip
     oidc_redirect_uri: str | None = option(
         "--oidc-redirect-uri", "url", None,
-        "Must be <server-url>/auth/oidc/callback.",
-        "必须为 <server-url>/auth/oidc/callback。",
+        "Must be <server-url>/auth/oidc/callback; not needed with --server-external-url.",
+        "必须为 <server-url>/auth/oidc/callback；给出 --server-external-url 时可省略。",
     )  # fmt: skip
     oidc_use_userinfo: bool = option(
         "--oidc-use-userinfo", "bool", False,

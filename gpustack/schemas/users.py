@@ -1,5 +1,6 @@
 """Users and how they log in."""
 
+from enum import StrEnum
 from typing import Annotated
 
 from pydantic import AfterValidator, Field
@@ -26,10 +27,19 @@ Username = Annotated[
 FullName = Annotated[str | None, Field(max_length=128)]
 
 
+class Source(StrEnum):
+    """Where a user comes from."""
+
+    LOCAL = "local"  # made here, with a password
+    OIDC = "oidc"  # from an identity provider, at the first login
+    SAML = "saml"
+
+
 class User(Schema):
     """A user as the API shows it.
 
     Attributes:
+        avatar_url, source: never said by a user or an administrator.
         is_active: False: it is disabled, and can do nothing.
         require_password_change: nothing else can be done with the next login before that.
         generation: of all of it and of the password; an update may name it.
@@ -38,6 +48,8 @@ class User(Schema):
     id: int
     username: str
     full_name: str | None = None
+    avatar_url: str | None = None
+    source: Source
     is_admin: bool
     is_active: bool
     require_password_change: bool
@@ -121,6 +133,12 @@ class AuthConfig(Schema):
     is_oidc: bool
     is_saml: bool
     first_time_setup: bool
+
+
+class LoggedOut(Schema):
+    """Where the browser goes to end the identity provider's session too, and comes back from."""
+
+    logout_url: str
 
 
 class PasswordUpdate(Body):

@@ -21,6 +21,7 @@ from gpustack.lib.locks import take_over
 from gpustack.lib.role import Boot, Leave, Reload, leave
 from gpustack.lib.tasks import forever
 from gpustack.schemas import wire
+from gpustack.schemas.users import Source
 from gpustack.server import metrics
 from gpustack.server.api import (
     acting,
@@ -38,6 +39,7 @@ from gpustack.server.api import (
     log_levels,
     model_files,
     models,
+    oidc,
     probes,
     usage,
     users,
@@ -46,6 +48,7 @@ from gpustack.server.api import (
 )
 from gpustack.server.api import settings as start_options
 from gpustack.server.api.browsers import telling
+from gpustack.server.auth.external import Elsewhere
 from gpustack.server.auth.known import Known
 from gpustack.server.auth.last_uses import LastUses
 from gpustack.server.auth.passwords import hash_now
@@ -135,11 +138,12 @@ def create_app(
     app.state.heartbeats, app.state.join_token = heartbeats, join_token
     app.state.known, app.state.served = known, metrics.Served()
     app.state.throttle = Throttle()
+    app.state.providers = {}
     errors.install(app)
     app.add_middleware(acting.Acting, db=db)
     # Not include_router: that would make every route, and match each request, a second time.
     for part in (
-        probes, auth, models, instances, workers, api_keys, users, watch, usage, log_levels,
+        probes, auth, oidc, models, instances, workers, api_keys, users, watch, usage, log_levels,
         events, audit, apply, start_options, gpu_devices, dashboard, model_files, join_tokens,
     ):  # fmt: skip
         app.router.routes += part.router.routes
@@ -243,6 +247,18 @@ async def _measured(boot: Boot, settings: Settings, app: FastAPI) -> None:
 
 
 @asynccontextmanager
+async def _providers(settings: Settings) -> AsyncIterator[dict[Source, Elsewhere]]:
+    """The identity providers that the options name. Where there are none, nothing is imported."""
+    async with contextlib.AsyncExitStack() as stack:
+        found: dict[Source, Elsewhere] = {}
+        if settings.oidc_issuer is not None:
+            from gpustack.server.auth.oidc import provider
+
+            found[Source.OIDC] = await stack.enter_async_context(provider(settings))
+        yield found
+
+
+@asynccontextmanager
 async def control_plane(settings: Settings, extra: Mapping[str, str]) -> AsyncIterator[FastAPI]:
     """Database, feed and controllers, all running; ended on the way out.
 
@@ -285,7 +301,8 @@ async def control_plane(settings: Settings, extra: Mapping[str, str]) -> AsyncIt
                 openapi_docs=not settings.disable_openapi_docs,
             )
             app.state.settings, app.state.last_uses = settings, last_uses
-            yield app
+            async with _providers(settings) as app.state.providers:
+                yield app
             for task in tasks:
                 task.cancel()
     finally:

@@ -108,6 +108,21 @@ def test_secrets_are_never_printed(tmp_path: Path) -> None:
         ),
         ({"enable_ray": "1", "ray_worker_port_range": "40100-40131"}, {}, ["lies in"]),
         ({"oidc_issuer": "https://i"}, {}, ["--oidc-client-id and --oidc-client-secret and"]),
+        (
+            {"oidc_issuer": "https://i", "server_external_url": "https://g"},
+            {},
+            ["--oidc-issuer needs --oidc-client-id and --oidc-client-secret"],
+        ),
+        (
+            {
+                "oidc_issuer": "http://i",
+                "oidc_client_id": "c",
+                "oidc_client_secret": "s",
+                "server_external_url": "https://g",
+            },
+            {},
+            ["--oidc-issuer: want an https URL", "got http://i; http is for this machine"],
+        ),
         ({"oidc_use_userinfo": "1"}, {}, ["--oidc-use-userinfo needs --oidc-issuer"]),
         ({"saml_idp_entity_id": "x"}, {}, ["--saml-idp-entity-id", "--saml-sp-acs-url"]),
         ({"saml_sp_private_key": "hunter2"}, {}, ["needs --saml-sp-x509-cert"]),

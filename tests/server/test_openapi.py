@@ -63,7 +63,10 @@ ONLY_401 = """
 positive_data_acceptance.expected-statuses = [401]
 negative_data_rejection.expected-statuses = [401]
 """
-PUBLIC = ("healthz", "readyz", "get_version", "get_auth_config", "login")
+PUBLIC = (
+    "healthz", "readyz", "get_version", "get_auth_config", "login", "begin_oidc_login",
+    "finish_oidc_login",
+)  # fmt: skip
 #: Who else there is -> what they may ask.
 OTHERS = {
     "worker": ("report_worker", "beat", "announce_worker", "report_instance", "list_instances"),

@@ -4,7 +4,9 @@ from collections.abc import Iterable, Iterator
 
 #: DESIGN: "Public without credentials: /healthz, /readyz, /version, the ways in below /auth/".
 #: Of those below /auth/, leaving and changing a password are no ways in.
-PUBLIC = {"/healthz", "/readyz", "/version", "/auth/login", "/auth/config"}
+#: Where OpenID Connect is not configured, its ways in are answered with 404.
+OIDC = {"/auth/oidc/login", "/auth/oidc/callback"}
+PUBLIC = {"/healthz", "/readyz", "/version", "/auth/login", "/auth/config"} | OIDC
 
 
 def walk(routes: Iterable[object]) -> Iterator[tuple[str, str]]:

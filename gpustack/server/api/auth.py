@@ -1,16 +1,17 @@
 """Ways in: which there are, log in, log out, change the password."""
 
 import logging
-from datetime import UTC, datetime
 from typing import Any
 from urllib.parse import parse_qs
 
 from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 from sqlmodel import select
 
 from gpustack.errors import (
     BadRequest,
+    Conflict,
     Forbidden,
     Invalid,
     TooLarge,
@@ -18,18 +19,18 @@ from gpustack.errors import (
     Unauthorized,
     raises,
 )
-from gpustack.lib.secrets import digest, new_secret
-from gpustack.schemas.credentials import CredentialKind, Scope
-from gpustack.schemas.users import AuthConfig, PasswordUpdate
+from gpustack.schemas.credentials import CredentialKind
+from gpustack.schemas.users import AuthConfig, LoggedOut, PasswordUpdate, Source
 from gpustack.server.api.context import Db, raw_body
 from gpustack.server.api.repeated import Repeated
 from gpustack.server.auth import passwords
+from gpustack.server.auth.external import Elsewhere
 from gpustack.server.auth.principals import LoggedIn, Stranger
-from gpustack.server.auth.sessions import SESSION_LIFE, cookie, no_cookie
+from gpustack.server.auth.sessions import begin, cookie, no_cookie
 from gpustack.server.auth.throttle import Throttle
 from gpustack.server.db.database import Database, find
 from gpustack.server.db.tables import Credential, User
-from gpustack.server.db.users import first_admin, set_password, who_asks
+from gpustack.server.db.users import expect_local, first_admin, set_password, who_asks
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +41,7 @@ LOGIN_BODY_LIMIT = 8192
 _WRONG = (
     "the user name or the password is wrong: try again, or ask an administrator for a new "
     "password; `gpustack reset-admin-password` on the server's machine makes the first "
-    "administrator one"
+    "administrator one; users of an identity provider have no password here, and log in there"
 )
 
 
@@ -66,14 +67,19 @@ _FORM: dict[str, Any] = {
 
 
 @router.get("/config")
-async def get_auth_config(db: Db) -> AuthConfig:
+async def get_auth_config(request: Request, db: Db) -> AuthConfig:
     """The ways in, for the login page."""
     async with db.read() as session:
         admin = await first_admin(session)
     # Every change of a user is a generation; a password that was reset is not the first one.
     first_time = admin is not None and admin.require_password_change and admin.generation == 1
-    # There is no other way in yet.
-    return AuthConfig(is_local=True, is_oidc=False, is_saml=False, first_time_setup=first_time)
+    there = request.app.state.providers
+    return AuthConfig(
+        is_local=True,
+        is_oidc=Source.OIDC in there,
+        is_saml=Source.SAML in there,
+        first_time_setup=first_time,
+    )
 
 
 @router.post("/login", status_code=204, openapi_extra=_FORM)
@@ -98,8 +104,8 @@ async def _open_session(db: Database, form: LoginForm) -> str:
     """The secret of a new session.
 
     Raises:
-        Unauthorized: user name or password are wrong. Neither the answer
-        nor its time tells which.
+        Unauthorized: user name or password are wrong, or the user has none here. Neither the
+        answer nor its time tells which.
     """
     async with db.read() as session:
         user = (
@@ -111,43 +117,45 @@ async def _open_session(db: Database, form: LoginForm) -> str:
         raise Unauthorized(_WRONG)
     if not user.is_active:  # nor does anybody learn that it is disabled
         raise Unauthorized(_WRONG)
-    secret = new_secret() + new_secret()
     async with db.write() as session:
         now = await find(session, User, user.id)
         # Changed while it was compared.
         if now is None or not now.is_active or now.password_hash != user.password_hash:
             raise Unauthorized(_WRONG)
-        session.add(
-            Credential(
-                kind=CredentialKind.SESSION,
-                digest=digest(secret),
-                user_id=user.id,
-                scopes=[Scope.ALL],
-                expires_at=datetime.now(UTC) + SESSION_LIFE,
-            )
-        )
-    return secret
+        return begin(session, now)
 
 
-@router.post("/logout", status_code=204)
-async def logout(db: Db, user: LoggedIn, sender: Stranger) -> Response:
-    """End the session that asks, on the server too."""
+@router.post("/logout", status_code=204, responses={200: {"model": LoggedOut}})
+async def logout(request: Request, db: Db, user: LoggedIn, sender: Stranger) -> Response:
+    """End the session that asks, on the server too.
+
+    Where an identity provider has a session of its own, the answer says where to end that.
+    """
+    kept = None
     if user.kind is CredentialKind.SESSION:
         async with db.write() as session:
             row = await find(session, Credential, user.credential_id)
             if row is not None:
+                kept = row.provider_session
                 await session.delete(row)
-    return Response(status_code=204, headers={"Set-Cookie": no_cookie(sender.scheme)})
+    headers = {"Set-Cookie": no_cookie(sender.scheme)}
+    if kept is not None:
+        provider: Elsewhere | None = request.app.state.providers.get(kept.get("source"))
+        url = await provider.logout_url(kept) if provider is not None else None
+        if url is not None:
+            return JSONResponse(LoggedOut(logout_url=url).model_dump(), headers=headers)
+    return Response(status_code=204, headers=headers)
 
 
 @router.post("/update-password", status_code=204)
-@raises(TooMany)
+@raises(Conflict, TooMany)
 async def update_password(
     request: Request, db: Db, user: LoggedIn, sender: Stranger, change: PasswordUpdate
 ) -> Response:
     """Change the own password. Every other session of the user ends."""
     async with db.read() as session:
         row = await who_asks(session, user.user_id)
+    expect_local(row)
     throttle: Throttle = request.app.state.throttle
     with throttle.attempt(row.username, sender.peer) as attempt:
         if not await passwords.matches(change.current_password, row.password_hash):

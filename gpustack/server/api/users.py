@@ -29,6 +29,7 @@ from gpustack.server.db.bootstrap import new_password
 from gpustack.server.db.database import ReadSession, WriteSession, find
 from gpustack.server.db.users import (
     disable,
+    expect_local,
     remove_user,
     set_password,
     step_down,
@@ -124,6 +125,8 @@ async def update_user(
         async with db.write() as session:
             row = await _get(session, user_id)
             _expect(session, row, if_match, wanted.generation)
+            if wanted.require_password_change:
+                expect_local(row)
             if wanted.is_admin and not row.is_admin:
                 _expect_unlimited(admin)
             if row.is_admin and not wanted.is_admin:
@@ -150,7 +153,7 @@ async def delete_user(db: Db, admin: Admin, user_id: Id) -> Response:
 
 
 @router.put("/{user_id}/password")
-@raises(TooMany)
+@raises(Conflict, TooMany)
 async def reset_password(
     db: Db, admin: Admin, user_id: Id, wanted: PasswordReset | None = None
 ) -> PasswordSet:

@@ -111,7 +111,10 @@ AUDITED: Final[Mapping[type, Subject]] = {
     tables.User: Subject(
         "users",
         "username",
-        frozenset({"username", "full_name", "is_admin", "is_active", "require_password_change"}),
+        frozenset(
+            {"username", "full_name", "avatar_url", "source", "is_admin", "is_active",
+             "require_password_change"}
+        ),
         frozenset({"id", "generation", "created_at"}),
         {"password_hash": "password"},
     ),
@@ -124,7 +127,7 @@ AUDITED: Final[Mapping[type, Subject]] = {
         ),
         frozenset(
             {"id", "revision", "generation", "kind", "digest", "worker_id", "reusable",
-             "last_used_at", "created_at"}
+             "provider_session", "last_used_at", "created_at"}
         ),
     ),
     tables.Cluster: Subject(
@@ -143,7 +146,7 @@ JOIN_TOKEN: Final = Subject(
     frozenset({"prefix", "description", "reusable", "expires_at"}),
     frozenset(
         {"id", "revision", "generation", "kind", "digest", "name", "user_id", "worker_id",
-         "scopes", "allowed_model_names", "last_used_at", "created_at"}
+         "scopes", "allowed_model_names", "provider_session", "last_used_at", "created_at"}
     ),
 )  # fmt: skip
 
@@ -155,6 +158,7 @@ NOT_AUDITED: Final[Mapping[type, str]] = {
     tables.Counter: "the history's",
     tables.Device: "the workers'",
     tables.Event: "what happened",
+    tables.Identity: "made with its user",
     tables.Lease: "the servers'",
     tables.LoadSample: "what was measured",
     tables.Member: "the scheduler's and the workers'",

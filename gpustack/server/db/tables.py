@@ -14,7 +14,11 @@ from sqlmodel import Field, SQLModel
 
 from gpustack.schemas import wire
 from gpustack.schemas.credentials import CredentialKind
+from gpustack.schemas.users import Source
 from gpustack.server.db import types
+
+#: Of what an identity provider says; together they fit into MySQL's longest index.
+ISSUER_LENGTH, SUBJECT_LENGTH = 400, 256
 
 
 def now() -> datetime:
@@ -119,6 +123,13 @@ class Change(SQLModel, table=True):
 
 
 class User(SQLModel, table=True):
+    """Who may log in.
+
+    Attributes:
+        source: where the user comes from; only a local one has a password.
+        password_hash: empty: no password opens anything.
+    """
+
     __tablename__ = "users"
     __table_args__ = {"sqlite_autoincrement": True}
 
@@ -129,7 +140,25 @@ class User(SQLModel, table=True):
     is_admin: bool = False
     require_password_change: bool = False
     is_active: bool = True
+    source: str = _text(16, default=Source.LOCAL)
+    avatar_url: str | None = _prose(default=None)
     generation: int = 1
+    created_at: datetime = _time(default_factory=now)
+
+
+class Identity(SQLModel, table=True):
+    """By what an identity provider knows a user. Never changed."""
+
+    __tablename__ = "identities"
+    __table_args__ = (
+        UniqueConstraint("issuer", "subject"),
+        {"sqlite_autoincrement": True},
+    )
+
+    id: int | None = _id(default=None, primary_key=True)
+    user_id: int = _id(foreign_key="users.id", ondelete="CASCADE", index=True)
+    issuer: str = _text(ISSUER_LENGTH)
+    subject: str = _text(SUBJECT_LENGTH)
     created_at: datetime = _time(default_factory=now)
 
 
@@ -142,6 +171,7 @@ class Credential(Watched, table=True):
         allowed_model_names: an API key runs no others; None: all.
         generation: of what its user says of an API key.
         last_used_at: of an API key; to within some seconds, and no change of it.
+        provider_session: of a session: what its identity provider needs to end its own.
     """
 
     __tablename__ = "credentials"
@@ -160,6 +190,7 @@ class Credential(Watched, table=True):
     expires_at: datetime | None = _time(default=None)
     last_used_at: datetime | None = _time(default=None)
     reusable: bool = False
+    provider_session: dict[str, Any] | None = _json_or_null()
     generation: int = 1
     created_at: datetime = _time(default_factory=now)
 

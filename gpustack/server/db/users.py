@@ -4,14 +4,24 @@ from sqlmodel import col, select
 
 from gpustack.errors import Conflict, Unauthorized
 from gpustack.schemas.credentials import CredentialKind
+from gpustack.schemas.users import Source
 from gpustack.server.db.database import ReadSession, WriteSession, find, touch
 from gpustack.server.db.tables import Credential, User
 
+#: Those with a password come first: their way in is never away.
+_ADMINS = (
+    select(User)
+    .where(col(User.is_admin), col(User.is_active))
+    .order_by(col(User.source) != Source.LOCAL, col(User.id))
+)
+
 
 async def first_admin(session: ReadSession) -> User | None:
-    """The administrator that is one for longest and not disabled; None: there is none yet."""
-    admins = select(User).where(col(User.is_admin), col(User.is_active)).order_by(col(User.id))
-    return (await session.exec(admins.limit(1))).first()
+    """An administrator that is not disabled, and has a password if any of them has.
+
+    Of several, the one that was made first. None: there is none yet.
+    """
+    return (await session.exec(_ADMINS.limit(1))).first()
 
 
 async def who_asks(session: ReadSession, user_id: int | None) -> User:
@@ -24,6 +34,17 @@ async def who_asks(session: ReadSession, user_id: int | None) -> User:
     if row is None:
         raise Unauthorized("your user is gone")
     return row
+
+
+def expect_local(user: User) -> None:
+    """Raises:
+    Conflict: it comes from an identity provider, which alone knows its password.
+    """
+    if user.source != Source.LOCAL:
+        raise Conflict(
+            f"{user.username} logs in with an identity provider and has no password here: change "
+            "it there"
+        )
 
 
 async def set_password(
@@ -39,7 +60,11 @@ async def set_password(
     Args:
         must_change: whoever logs in with it has to choose another before anything else.
         keep: the credential's id of the one session that goes on.
+
+    Raises:
+        Conflict: the user has none here.
     """
+    expect_local(user)
     user.password_hash = password_hash
     user.generation += 1
     user.require_password_change = must_change
@@ -92,8 +117,7 @@ async def _make_way(session: WriteSession, user: User) -> None:
         Conflict: nobody else can.
     """
     # Locked, all of them and in one order: of two that go at once, one sees the other.
-    admins = select(User).where(col(User.is_admin), col(User.is_active)).order_by(col(User.id))
-    found = await session.exec(admins.with_for_update())
+    found = await session.exec(_ADMINS.with_for_update())
     other = next((one for one in found if one.id != user.id), None)
     if other is None:
         raise Conflict(f"{user.username} is the last administrator: make another user one first")
