@@ -5,12 +5,14 @@ import os
 from collections.abc import Iterator, Mapping
 from itertools import combinations
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
+from gpustack.config import saml
 from gpustack.config.option import PortRange
-from gpustack.config.options import Settings
+from gpustack.config.options import Settings, defaults
 from gpustack.lib.net import interface_address, is_loopback, without_credentials
+from gpustack.lib.secrets import Secret
 
 Origins = Mapping[str, str]
 
@@ -54,6 +56,7 @@ def contradictions(settings: Settings, origins: Origins) -> Iterator[str]:
         )
     if settings.oidc_use_userinfo and settings.oidc_issuer is None:
         yield f"{_name('oidc_use_userinfo', origins)} needs --oidc-issuer"
+    yield from _saml_alone(settings, origins)
     if settings.oidc_issuer is None and settings.saml_idp_server_url is None:
         for key in _EXTERNAL:
             if getattr(settings, key) is not None:
@@ -87,6 +90,14 @@ def _is_safe(issuer: str) -> bool:
     return parts.scheme == "https" or is_loopback(parts.hostname or "")
 
 
+def _saml_alone(settings: Settings, origins: Origins) -> Iterator[str]:
+    if not settings.is_server or settings.saml_idp_server_url is not None:
+        return
+    for key in ("saml_sp_attribute_prefix", "saml_idp_logout_url", *_SP_KEY):
+        if getattr(settings, key) is not None:
+            yield f"{_name(key, origins)} needs --saml-idp-server-url"
+
+
 def unusable(settings: Settings, origins: Origins) -> Iterator[str]:
     """A sentence for each path, mode and interface that this process could not use. Only looks."""
     for key in (*_TLS, "gateway_kubeconfig", "pipx_path"):
@@ -107,6 +118,9 @@ def unusable(settings: Settings, origins: Origins) -> Iterator[str]:
         except ValueError as error:
             yield f"{_name('worker_ifname', origins)}: {error}"
     yield from _embedded(settings, origins)
+    if settings.is_server:
+        for key, why in saml.unusable(_revealed(settings, "saml_")):
+            yield f"{_name(key, origins)}: {why}"
     place = settings.data_dir
     there = next(path for path in (place, *place.parents) if path.exists())
     if not there.is_dir():
@@ -132,6 +146,14 @@ def _embedded(settings: Settings, origins: Origins) -> Iterator[str]:
             f"{name}: embedded:// needs a --data-dir of at most "
             f"{LONGEST_SOCKET - len('/' + POSTGRES_SOCKET)} bytes, since a socket is below it"
         )
+
+
+def _revealed(settings: Settings, prefix: str) -> dict[str, Any]:
+    """The settings whose names begin so."""
+    given = {key: getattr(settings, key) for key in defaults() if key.startswith(prefix)}
+    return {
+        key: value.reveal() if isinstance(value, Secret) else value for key, value in given.items()
+    }
 
 
 def _allowed(path: Path, how: int) -> bool:

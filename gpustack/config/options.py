@@ -61,9 +61,7 @@ WAITING = frozenset(
     ray_client_server_port ray_dashboard_agent_grpc_port ray_dashboard_agent_listen_port
     ray_dashboard_port ray_metrics_export_port ray_node_manager_port ray_object_manager_port
     ray_port ray_runtime_env_agent_port ray_worker_port_range resources rpc_server_args
-    rpc_server_port_range saml_idp_entity_id saml_idp_server_url saml_idp_x509_cert
-    saml_security saml_sp_acs_url saml_sp_attribute_prefix saml_sp_entity_id saml_sp_private_key
-    saml_sp_x509_cert service_discovery_name system_default_container_registry
+    rpc_server_port_range service_discovery_name system_default_container_registry
     unreachable_grace
     """.split()
 )

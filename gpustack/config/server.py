@@ -188,6 +188,12 @@ class ServerOptions:
         "SAML identity provider's single sign-on URL.",
         "SAML 身份提供方的单点登录 URL。",
     )  # fmt: skip
+    saml_idp_logout_url: str | None = option(
+        "--saml-idp-logout-url", "url", None,
+        "SAML identity provider's single logout URL (redirect binding); with it, a logout here "
+        "is one there, and one there is one here.",
+        "SAML 身份提供方的单点注销 URL（重定向绑定）；设置后，两边的注销互相生效。",
+    )  # fmt: skip
     saml_idp_entity_id: str | None = option(
         "--saml-idp-entity-id", "str", None,
         "Identity provider's entity ID.",

@@ -41,6 +41,7 @@ from gpustack.server.api import (
     models,
     oidc,
     probes,
+    saml,
     usage,
     users,
     watch,
@@ -143,8 +144,9 @@ def create_app(
     app.add_middleware(acting.Acting, db=db)
     # Not include_router: that would make every route, and match each request, a second time.
     for part in (
-        probes, auth, oidc, models, instances, workers, api_keys, users, watch, usage, log_levels,
-        events, audit, apply, start_options, gpu_devices, dashboard, model_files, join_tokens,
+        probes, auth, oidc, saml, models, instances, workers, api_keys, users, watch, usage,
+        log_levels, events, audit, apply, start_options, gpu_devices, dashboard, model_files,
+        join_tokens,
     ):  # fmt: skip
         app.router.routes += part.router.routes
     if openapi_docs:
@@ -255,6 +257,10 @@ async def _providers(settings: Settings) -> AsyncIterator[dict[Source, Elsewhere
             from gpustack.server.auth.oidc import provider
 
             found[Source.OIDC] = await stack.enter_async_context(provider(settings))
+        if settings.saml_idp_server_url is not None:
+            from gpustack.server.auth.saml import ServiceProvider
+
+            found[Source.SAML] = ServiceProvider(settings)
         yield found
 
 

@@ -20,7 +20,7 @@ from gpustack.server.heartbeats import Heartbeats
 from gpustack.worker import api as agent_api
 from tests.e2e.conftest import MakeNode
 from tests.support.node import Node
-from tests.support.routes import OIDC, PUBLIC, walk
+from tests.support.routes import OIDC, PUBLIC, SAML, walk
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +110,7 @@ def test_no_route_of_any_application_answers_a_stranger(
                     shown,
                 )  # the one door that it opens: `{}` is no worker
                 continue
-            if pattern in OIDC:
+            if pattern in OIDC | SAML:
                 assert status == 404, (place, pattern)
             elif pattern in PUBLIC:
                 assert status not in {401, 403, 404} or pattern == "/auth/login", (place, pattern)

@@ -126,7 +126,7 @@ CALLS: dict[tuple[str, str], Act] = {
 
 
 #: Ways in and out, which change nobody's rights: a session is opened or ended.
-SESSIONS = {("POST", "/auth/login"), ("POST", "/auth/logout")}
+SESSIONS = {("POST", "/auth/login"), ("POST", "/auth/logout"), ("POST", "/auth/saml/callback")}
 #: Routes that an administrator may not use. The test sees to it that this is so.
 NOT_FOR_USERS = {
     ("POST", "/v2/workers/register"): 401,

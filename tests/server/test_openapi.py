@@ -65,7 +65,8 @@ negative_data_rejection.expected-statuses = [401]
 """
 PUBLIC = (
     "healthz", "readyz", "get_version", "get_auth_config", "login", "begin_oidc_login",
-    "finish_oidc_login",
+    "finish_oidc_login", "get_saml_metadata", "begin_saml_login", "take_saml_response",
+    "finish_saml_login", "take_saml_logout",
 )  # fmt: skip
 #: Who else there is -> what they may ask.
 OTHERS = {

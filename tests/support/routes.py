@@ -4,9 +4,12 @@ from collections.abc import Iterable, Iterator
 
 #: DESIGN: "Public without credentials: /healthz, /readyz, /version, the ways in below /auth/".
 #: Of those below /auth/, leaving and changing a password are no ways in.
-#: Where OpenID Connect is not configured, its ways in are answered with 404.
+#: Where they are not configured, OpenID Connect's and SAML's ways in are answered with 404.
 OIDC = {"/auth/oidc/login", "/auth/oidc/callback"}
-PUBLIC = {"/healthz", "/readyz", "/version", "/auth/login", "/auth/config"} | OIDC
+SAML = {
+    "/auth/saml/login", "/auth/saml/callback", "/auth/saml/metadata", "/auth/saml/logout/callback",
+}  # fmt: skip
+PUBLIC = {"/healthz", "/readyz", "/version", "/auth/login", "/auth/config"} | OIDC | SAML
 
 
 def walk(routes: Iterable[object]) -> Iterator[tuple[str, str]]:

@@ -1,39 +1,18 @@
 """Passwords: the only secrets with few random bits, so the only ones that need a slow hash."""
 
-import asyncio
 import re
 import secrets
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from typing import Any, TypeVar
 
 from argon2 import PasswordHasher
 from argon2.exceptions import InvalidHashError, VerificationError
 
-from gpustack.errors import Invalid, TooMany
-
-T = TypeVar("T")
+from gpustack.errors import Invalid
+from gpustack.server.auth.in_turn import InTurn
 
 _hasher = PasswordHasher()
-#: One at a time: each takes 64 MiB and a core for a moment, and strangers can ask for it.
-_one = ThreadPoolExecutor(max_workers=1, thread_name_prefix="passwords")
-QUEUE_LIMIT = 10
-_waiting: set[asyncio.Future[Any]] = set()
-
-
-async def _in_turn(work: Callable[[], T]) -> T:
-    """What `work` answers, once those before it are done.
-
-    Raises:
-        TooMany: QUEUE_LIMIT others wait already.
-    """
-    if len(_waiting) >= QUEUE_LIMIT:
-        raise TooMany("too many logins at once: try again in a moment", retry_after_s=2)
-    future = asyncio.get_running_loop().run_in_executor(_one, work)
-    _waiting.add(future)
-    future.add_done_callback(_waiting.discard)
-    return await future
+#: Each hash takes 64 MiB and a core for a moment.
+_in_turn = InTurn("passwords")
 
 
 @cache

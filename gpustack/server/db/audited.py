@@ -163,6 +163,7 @@ NOT_AUDITED: Final[Mapping[type, str]] = {
     tables.LoadSample: "what was measured",
     tables.Member: "the scheduler's and the workers'",
     tables.ModelVersion: "audited as its model",
+    tables.SamlMessage: "identity providers'",
     tables.Usage: "the gateways'",
     tables.UsageHour: "the gateways'",
     tables.UsageSpool: "the gateways'",

@@ -7,7 +7,7 @@ from sqlmodel import col, select
 
 from gpustack.server.db import audit_log
 from gpustack.server.db.database import Database, WriteSession, current_revision
-from gpustack.server.db.tables import Change, Credential, Event
+from gpustack.server.db.tables import Change, Credential, Event, SamlMessage
 
 #: A watch that was away for longer starts with a full list.
 KEPT_REVISIONS = 100_000
@@ -17,6 +17,8 @@ KEPT_REVISIONS = 100_000
 KEPT_EVENTS, EVENTS_KEPT_FOR = 100_000, timedelta(days=30)
 #: All of them can be checked within ten seconds.
 KEPT_AUDIT_ENTRIES, AUDIT_KEPT_FOR = 200_000, timedelta(days=3 * 365)
+#: Servers' clocks differ; none may take a message that another has forgotten.
+SAML_MESSAGES_KEPT_FOR = timedelta(hours=1)
 
 
 async def prune(db: Database) -> None:
@@ -28,6 +30,8 @@ async def prune(db: Database) -> None:
         expired = select(Credential).where(col(Credential.expires_at) < now)
         for row in (await session.exec(expired)).all():
             await session.delete(row)
+        ended = col(SamlMessage.ends_at) < now - SAML_MESSAGES_KEPT_FOR
+        await session.exec(delete(SamlMessage).where(ended))
         await _prune_events(session, now - EVENTS_KEPT_FOR, KEPT_EVENTS)
         await audit_log.prune(session, now - AUDIT_KEPT_FOR, KEPT_AUDIT_ENTRIES)
 

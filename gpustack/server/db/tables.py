@@ -162,6 +162,26 @@ class Identity(SQLModel, table=True):
     created_at: datetime = _time(default_factory=now)
 
 
+class SamlMessage(SQLModel, table=True):
+    """A message of an identity provider that was taken, so that no server takes it again.
+
+    Attributes:
+        digest: of the message's id.
+        ends_at: it proves nothing from then on.
+        request_id: of the request that it answers.
+        ticket: digest of what the browser that brought it comes back with; None: it did.
+        content: what is needed of it until then.
+    """
+
+    __tablename__ = "saml_messages"
+
+    digest: str = _text(64, primary_key=True)
+    ends_at: datetime = _time(index=True)
+    request_id: str = _text(65, default="")
+    ticket: str | None = _text(64, default=None, index=True)
+    content: dict[str, Any] = _json(default_factory=dict)
+
+
 class Credential(Watched, table=True):
     """Every secret that opens something, by its SHA-256 digest.
 
