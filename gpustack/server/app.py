@@ -23,6 +23,7 @@ from gpustack.lib.tasks import forever
 from gpustack.schemas import wire
 from gpustack.server import metrics
 from gpustack.server.api import (
+    access,
     acting,
     api_keys,
     apply,
@@ -33,6 +34,7 @@ from gpustack.server.api import (
     errors,
     events,
     gpu_devices,
+    groups,
     instances,
     join_tokens,
     log_levels,
@@ -141,6 +143,7 @@ def create_app(
     for part in (
         probes, auth, models, instances, workers, api_keys, users, watch, usage, log_levels,
         events, audit, apply, start_options, gpu_devices, dashboard, model_files, join_tokens,
+        groups, access,
     ):  # fmt: skip
         app.router.routes += part.router.routes
     if openapi_docs:

@@ -66,7 +66,7 @@ AUDITED: Final[Mapping[type, Subject]] = {
         "name",
         frozenset(
             {"name", "description", "replicas", "placement_strategy", "worker_selector",
-             "restart_on_error"}
+             "restart_on_error", "access_policy"}
         ),
         frozenset(
             {"id", "revision", "generation", "rollout_message", "deleting", "created_at",
@@ -115,6 +115,12 @@ AUDITED: Final[Mapping[type, Subject]] = {
         frozenset({"id", "generation", "created_at"}),
         {"password_hash": "password"},
     ),
+    tables.Group: Subject(
+        "groups",
+        "name",
+        frozenset({"name", "description"}),
+        frozenset({"id", "generation", "created_at"}),
+    ),
     tables.Credential: Subject(
         wire.API_KEYS,
         "name",
@@ -155,9 +161,12 @@ NOT_AUDITED: Final[Mapping[type, str]] = {
     tables.Counter: "the history's",
     tables.Device: "the workers'",
     tables.Event: "what happened",
+    tables.GroupMember: "audited as its group",
     tables.Lease: "the servers'",
     tables.LoadSample: "what was measured",
     tables.Member: "the scheduler's and the workers'",
+    tables.ModelGroup: "audited as its model",
+    tables.ModelUser: "audited as its model",
     tables.ModelVersion: "audited as its model",
     tables.Usage: "the gateways'",
     tables.UsageHour: "the gateways'",
