@@ -80,6 +80,10 @@ def grants_take_effect(node: Node, stack: ExitStack) -> None:
         assert admin.put(f"/v2/users/{bob_id}", json=wanted).is_success
 
     assert (status(ann), status(bob), status(admin)) == (404, 404, 200)
+    for http, answered in ((ann, 403), (admin, 200)):  # metrics name every model
+        shown = dict(http.headers) | {"Host": "node.example"}
+        place = f"http://127.0.0.1:{node.metrics_port}/metrics"
+        assert httpx.get(place, headers=shown, trust_env=False).status_code == answered
     assert ann.get("/v1/models").json()["data"] == []
     steps: list[tuple[Callable[[], None], httpx.Client, int]] = [
         (lambda: grant([ann_id], [group]), ann, 200),

@@ -11,7 +11,9 @@ import pytest
 from sqlmodel import col, select
 
 from gpustack.lib.secrets import digest
+from gpustack.schemas.credentials import CredentialKind
 from gpustack.server.db import tables
+from gpustack.server.views import Audience
 from tests.server.conftest import Plane
 from tests.support.audit import entries
 
@@ -82,7 +84,10 @@ async def users(plane: Plane) -> Users:
 
 
 async def watched(plane: Plane, http: httpx.AsyncClient, path: str) -> AsyncGenerator[Any, None]:
-    """The events of a watch, as they come; an in-process client would wait for its end."""
+    """The events of a watch but heartbeats; an in-process client would wait for its end.
+
+    Fails when none comes for long.
+    """
     scope = {
         "type": "http", "method": "GET", "path": path.partition("?")[0], "raw_path": b"",
         "query_string": path.partition("?")[2].encode(), "http_version": "1.1", "scheme": "http",
@@ -105,11 +110,19 @@ async def watched(plane: Plane, http: httpx.AsyncClient, path: str) -> AsyncGene
 
     task = asyncio.ensure_future(plane.app(scope, receive, send))
     try:
-        while (line := await asyncio.wait_for(lines.get(), 30)) is not None:
-            yield json.loads(line)
+        while (event := await asyncio.wait_for(_news(lines), 30)) is not None:
+            yield event
     finally:
         task.cancel()
         await asyncio.wait([task])
+
+
+async def _news(lines: "asyncio.Queue[bytes | None]") -> Any:
+    """The next event that is no heartbeat; None: there will be none."""
+    while (line := await lines.get()) is not None:
+        if (event := json.loads(line))["type"] != "heartbeat":
+            return event
+    return None
 
 
 async def until_synced(events: AsyncGenerator[Any, None]) -> list[str]:
@@ -166,13 +179,14 @@ async def test_users_see_what_is_every_users_or_granted_to_them_or_their_groups(
 async def test_a_model_shows_users_nothing_that_is_for_who_runs_it(users: Users) -> None:
     told = {"env": {"HF_TOKEN": "hf_secret"}, "backend_parameters": ["--ctx-size=512"]}
     model = await users.model("m", worker_selector={"room": "1"}, **told)
-    shown = (await users.http["ann"].get(f"/v2/models/{model}")).json()
-    (listed,) = (await users.http["ann"].get("/v2/models")).json()["items"]
-    assert shown == listed
-    assert (shown["env"], shown["backend_parameters"], shown["worker_selector"]) == ({}, [], {})
-    assert shown["local_path"] == "m.gguf"
-    async with aclosing(watched(users.plane, users.http["ann"], "/v2/models?watch=true")) as events:
-        assert (await anext(events))["data"] == shown
+    ann = users.http["ann"]
+    (listed,) = (await ann.get("/v2/models")).json()["items"]
+    async with aclosing(watched(users.plane, ann, "/v2/models?watch=true")) as events:
+        told_of = (await anext(events))["data"]
+    for shown in ((await ann.get(f"/v2/models/{model}")).json(), listed, told_of):
+        assert (shown["name"], shown["local_path"]) == ("m", "m.gguf")
+        assert (shown["env"], shown["backend_parameters"], shown["worker_selector"]) == ({}, [], {})
+        assert "secret" not in json.dumps(shown)
     whole = await users.ok("GET", f"/v2/models/{model}")
     assert whole["env"] == told["env"]
 
@@ -256,6 +270,13 @@ async def test_a_watch_ends_when_its_users_groups_are_others(users: Users) -> No
         await users.ok("DELETE", f"/v2/groups/{group}")
         await until(events, "delete", model)
     assert await users.seen("ann") == []
+
+
+async def test_a_watch_that_was_let_in_with_other_groups_ends_at_once(users: Users) -> None:
+    """They have changed between the two, and so nobody would end it."""
+    kinds = frozenset({"models"})
+    stale = Audience(CredentialKind.KEY, user_id=users.ids["ann"], group_ids=frozenset({99}))
+    assert [line async for line in users.plane.feed.watch(kinds, stale)] == []
 
 
 async def test_who_is_no_administrator_any_more_watches_no_more_than_is_granted(
