@@ -52,6 +52,7 @@ def _pairs(name: str, *columns: tuple[str, str]) -> None:
 
 
 def downgrade() -> None:
+    # The release before lets every user call every model.
     for name in ("model_groups", "model_users", "group_members", "user_groups"):
         op.drop_table(name)
     with op.batch_alter_table("models", schema=None, recreate="never") as batch_op:

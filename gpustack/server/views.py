@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 from typing import Any, Final, TypeVar
 
 from pydantic import BaseModel
@@ -283,12 +284,15 @@ def _is_user(audience: Audience) -> bool:
 
 def _kept_from_users(facts: dict[str, Any]) -> dict[str, Any]:
     """What of a model is for who runs it: secrets may be in it, and how the cluster is made."""
-    path = facts.get("local_path")
+    path, profile = facts.get("local_path"), facts["profile"]
+    if path:
+        path = PurePosixPath(path.replace("\\", "/")).name or "/"
     return {
         "env": {},
         "backend_parameters": [],
         "worker_selector": {},
-        "local_path": path and path.replace("\\", "/").rstrip("/").rpartition("/")[2],
+        "local_path": path,
+        "profile": profile and profile | {"source": "", "problem": ""},
         "state_message": "",
         "rollout": facts["rollout"] and facts["rollout"].model_copy(update={"message": ""}),
     }

@@ -179,6 +179,11 @@ async def test_users_see_what_is_every_users_or_granted_to_them_or_their_groups(
 async def test_a_model_shows_users_nothing_that_is_for_who_runs_it(users: Users) -> None:
     told = {"env": {"HF_TOKEN": "hf_secret"}, "backend_parameters": ["--ctx-size=512"]}
     model = await users.model("m", worker_selector={"room": "1"}, **told)
+    async with users.plane.db.write() as session:
+        version = (await session.exec(select(tables.ModelVersion))).one()
+        said = {"source": "/srv/secret/m.gguf", "problem": "no /srv/secret"}
+        version.profile = {"weights_bytes": 1} | said
+        version.problem = "no /srv/secret/m.gguf"
     ann = users.http["ann"]
     (listed,) = (await ann.get("/v2/models")).json()["items"]
     async with aclosing(watched(users.plane, ann, "/v2/models?watch=true")) as events:
@@ -189,6 +194,8 @@ async def test_a_model_shows_users_nothing_that_is_for_who_runs_it(users: Users)
         assert "secret" not in json.dumps(shown)
     whole = await users.ok("GET", f"/v2/models/{model}")
     assert whole["env"] == told["env"]
+    root = await users.model("root", local_path="/", backend="llama-box")
+    assert (await ann.get(f"/v2/models/{root}")).json()["local_path"] == "/"
 
 
 #: What is an administrator's alone.
