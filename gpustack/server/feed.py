@@ -20,7 +20,6 @@ from gpustack.schemas import wire
 from gpustack.schemas.credentials import CredentialKind, Scope
 from gpustack.schemas.watch import EventType
 from gpustack.server.db import history
-from gpustack.server.db.access import groups_of
 from gpustack.server.db.database import Database, ReadSession, current_revision
 from gpustack.server.db.listening import listen
 from gpustack.server.db.tables import Change
@@ -224,15 +223,8 @@ class Feed:
 
     def _end_watches_of(self, credential_id: int, found: Found | None) -> None:
         """End those that the credential, as it is now, does not open, or for other eyes."""
-        user = found.user if found else None
-        is_admin, is_shut = bool(user and user.is_admin), _is_shut(found)
-        groups = None if is_admin or found is None else found.group_ids
         for subscription in self._subscriptions:
-            if subscription.credential_id == credential_id and (
-                is_shut
-                or (subscription.by_admin and not is_admin)
-                or (subscription.is_of_part and subscription.audience.group_ids != groups)
-            ):
+            if subscription.credential_id == credential_id and _ends_with(subscription, found):
                 subscription.end()
 
     def _send(
@@ -288,7 +280,7 @@ class Feed:
             try:
                 await self._begin()
                 async with self._beginnings, self._db.read() as session:
-                    if await _is_of_before(session, subscription):
+                    if await _has_ended(session, subscription):
                         return
                     listed = await current_revision(session)
                     start, lines = await self._beginning(session, subscription, since)
@@ -391,18 +383,29 @@ async def _changes(session: ReadSession, after: int) -> dict[Key, Change]:
     return changed
 
 
-async def _is_of_before(session: ReadSession, subscription: Subscription) -> bool:
-    """Whether its user's groups have changed since the request was let in: nobody would end it."""
-    audience = subscription.audience
-    if not subscription.is_of_part:
+async def _has_ended(session: ReadSession, subscription: Subscription) -> bool:
+    """Whether its credential has changed since the request was let in, so that nobody ended it."""
+    credential_id = subscription.credential_id
+    if credential_id is None:
         return False
-    groups = await groups_of(session, [audience.user_id])
-    return groups.get(audience.user_id or 0, frozenset()) != audience.group_ids
+    found = await load_ids(session, wire.CREDENTIALS, [credential_id])
+    return _ends_with(subscription, found[0] if found else None)
 
 
-def _is_shut(found: Found | None) -> bool:
+def _ends_with(subscription: Subscription, found: Found | None) -> bool:
+    """Whether the credential, as it is now, does not open the watch, or would show another one."""
+    if found is None or _is_shut(found):
+        return True
+    is_admin = bool(found.user and found.user.is_admin)
+    if subscription.by_admin and not is_admin:
+        return True
+    groups = None if is_admin else found.group_ids
+    return subscription.is_of_part and subscription.audience.group_ids != groups
+
+
+def _is_shut(found: Found) -> bool:
     """Whether a credential, as it is now, opens no watch."""
-    if found is None or (found.user is not None and not found.user.is_active):
+    if found.user is not None and not found.user.is_active:
         return True
     is_key = found.row.kind == CredentialKind.KEY
     return is_key and {Scope.ALL, Scope.MANAGEMENT}.isdisjoint(found.row.scopes)

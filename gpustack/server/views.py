@@ -190,8 +190,10 @@ async def _completed(session: ReadSession, kind: str, rows: Any) -> list[Found]:
         case wire.INSTANCES:
             return await with_parents(session, rows)
         case wire.CREDENTIALS:
-            users = {user.id: user for user in (await session.exec(select(tables.User))).all()}
-            groups = await groups_of(session, {row.user_id for row in rows})
+            ids = {row.user_id for row in rows} - {None}
+            whose = select(tables.User).where(col(tables.User.id).in_(ids))
+            users = {user.id: user for user in (await session.exec(whose)).all()} if ids else {}
+            groups = await groups_of(session, ids) if ids else {}
             return [
                 _found(
                     kind,

@@ -13,7 +13,7 @@ from sqlmodel import col, select
 from gpustack.lib.secrets import digest
 from gpustack.schemas.credentials import CredentialKind
 from gpustack.server.db import tables
-from gpustack.server.views import Audience
+from gpustack.server.views import ADMIN, Audience
 from tests.server.conftest import Plane
 from tests.support.audit import entries
 
@@ -279,11 +279,19 @@ async def test_a_watch_ends_when_its_users_groups_are_others(users: Users) -> No
     assert await users.seen("ann") == []
 
 
-async def test_a_watch_that_was_let_in_with_other_groups_ends_at_once(users: Users) -> None:
-    """They have changed between the two, and so nobody would end it."""
-    kinds = frozenset({"models"})
-    stale = Audience(CredentialKind.KEY, user_id=users.ids["ann"], group_ids=frozenset({99}))
-    assert [line async for line in users.plane.feed.watch(kinds, stale)] == []
+async def test_a_watch_whose_credential_changed_while_it_was_let_in_ends_at_once(
+    users: Users,
+) -> None:
+    """Nobody else would end it: the news came before it was there."""
+    kinds, feed = frozenset({"models"}), users.plane.feed
+    async with users.plane.db.read() as session:
+        keys = select(tables.Credential).where(col(tables.Credential.user_id) == users.ids["ann"])
+        key = (await session.exec(keys)).one().id
+    in_group = Audience(CredentialKind.KEY, user_id=users.ids["ann"], group_ids=frozenset({99}))
+    assert [line async for line in feed.watch(kinds, in_group, credential_id=key)] == []
+    as_admin = feed.watch(kinds, ADMIN, credential_id=key, by_admin=True)
+    assert [line async for line in as_admin] == []
+    assert [line async for line in feed.watch(kinds, ADMIN, credential_id=999)] == []  # deleted
 
 
 async def test_who_is_no_administrator_any_more_watches_no_more_than_is_granted(

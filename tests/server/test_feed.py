@@ -417,8 +417,9 @@ async def _of_user(plane: Plane, username: str) -> Audience:
 async def test_a_watch_ends_with_the_key_that_opened_it(plane: Plane) -> None:
     admin = await plane.admin()
     key = (await admin.post("/v2/api-keys", json={"name": "k"})).json()
+    stays = (await admin.post("/v2/api-keys", json={"name": "stays"})).json()
     watch = Watch(plane.feed.watch(KINDS, ADMIN, credential_id=key["id"]))
-    other = Watch(plane.feed.watch(KINDS, ADMIN, credential_id=key["id"] + 1))
+    other = Watch(plane.feed.watch(KINDS, ADMIN, credential_id=stays["id"]))
     await watch.until("synced")
     await other.until("synced")
     await admin.delete(f"/v2/api-keys/{key['id']}")

@@ -197,7 +197,7 @@ async def resolve(db: Database, known: Known[Principal], secret: str) -> Princip
             raise Unauthorized("this user is disabled: ask an administrator")
         groups = frozenset[int]()
         if user is not None and not user.is_admin:
-            groups = (await groups_of(session, [user.id])).get(user.id or 0, groups)
+            groups = (await groups_of(session, [user.id])).get(user.id, groups)
     found = replace(_principal(row, user), group_ids=groups)
     known.remember(secret, found, row.expires_at, mark)
     return found

@@ -42,10 +42,10 @@ def may_use(grants: Grants | None, user_id: int | None, group_ids: frozenset[int
 
 
 async def groups_of(
-    session: ReadSession, user_ids: Iterable[int | None]
-) -> dict[int, frozenset[int]]:
+    session: ReadSession, user_ids: Collection[int | None]
+) -> dict[int | None, frozenset[int]]:
     """By user: the groups that it is in. Who is in none is left out."""
-    query = select(GroupMember).where(col(GroupMember.user_id).in_(set(user_ids) - {None}))
+    query = select(GroupMember).where(col(GroupMember.user_id).in_(user_ids))
     found: dict[int, set[int]] = {}
     for row in (await session.exec(query)).all():
         found.setdefault(row.user_id, set()).add(row.group_id)
