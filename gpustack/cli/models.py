@@ -1,4 +1,4 @@
-"""`gpustack models`: list, deploy, roll back, delete."""
+"""`gpustack models`: list, deploy, roll back, grant, delete."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +12,7 @@ from gpustack.errors import Invalid
 
 if TYPE_CHECKING:
     from gpustack.client import Client
+    from gpustack.schemas.access import ModelAccess
     from gpustack.schemas.models import Model, ModelCreate, ModelVersion
 
 CATEGORIES = ("llm", "embedding", "reranker")
@@ -19,7 +20,7 @@ CATEGORIES = ("llm", "embedding", "reranker")
 
 @click.group()
 def models() -> None:
-    """List, deploy, roll back and delete models."""
+    """List, deploy, roll back, grant and delete models."""
 
 
 @models.command("list")
@@ -188,6 +189,48 @@ def rollback(server: Connection, name: str, to: int | None) -> None:
 
     model = server.run(act)
     click.echo(f"model {line(model.name)} is at generation {model.generation}", err=True)
+
+
+@models.command()
+@click.argument("name")
+@click.option("--all-users", is_flag=True, help="Let every user call it.")
+@click.option("--user", "users", multiple=True, metavar="USER", help="Repeatable.")
+@click.option("--group", "groups", multiple=True, metavar="GROUP", help="Repeatable.")
+@click.option("--nobody", is_flag=True, help="Let administrators alone call it.")
+@connected
+def access(
+    server: Connection, name: str, all_users: bool, users: tuple[str, ...],
+    groups: tuple[str, ...], nobody: bool,
+) -> None:  # fmt: skip
+    """Say who may see and call NAME: these users and groups, and no others.
+
+    Without an option, print who may.
+    """
+    if all_users + nobody + bool(users or groups) > 1:
+        raise Invalid("give one of --all-users, --nobody, and --user or --group")
+
+    async def act(client: "Client") -> "ModelAccess":
+        from gpustack.cli.groups import group_ids, user_ids
+        from gpustack.schemas.models import AccessPolicy
+
+        model = await client.models.by_name(name)
+        if users or groups or nobody:  # first to whom: nobody who may is refused meanwhile
+            of_users, of_groups = await user_ids(client, users), await group_ids(client, groups)
+            await client.models.grant(model.id, of_users, of_groups)
+            await client.models.patch(model.id, {"access_policy": AccessPolicy.ALLOWED_USERS})
+        elif all_users:
+            await client.models.patch(model.id, {"access_policy": AccessPolicy.AUTHED})
+        return await client.models.access(model.id)
+
+    click.echo(_who_may(server.run(act)))
+
+
+def _who_may(access: "ModelAccess") -> str:
+    if access.access_policy == "authed":
+        return "every user"
+    named = [f"user {line(user.username)}" for user in access.users]
+    named += [f"group {line(group.name)}" for group in access.groups]
+    return "\n".join(named or ["administrators alone"])
 
 
 @models.command()

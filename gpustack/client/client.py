@@ -21,6 +21,7 @@ class Client(Caller):
         self.gpu_devices = resources.GPUDevices(self)
         self.model_files = resources.ModelFiles(self)
         self.users = resources.Users(self)
+        self.groups = resources.Groups(self)
         self.api_keys = resources.ApiKeys(self)
         self.join_tokens = resources.JoinTokens(self)
         self.usage = resources.Usage(self)

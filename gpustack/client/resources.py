@@ -19,6 +19,15 @@ from gpustack.client.collections import (
     Updates,
     list_of,
 )
+from gpustack.schemas.access import (
+    Group,
+    GroupCreate,
+    GroupMember,
+    GroupUpdate,
+    MembersAdd,
+    ModelAccess,
+    ModelAccessUpdate,
+)
 from gpustack.schemas.audit import Audited, AuditEntry
 from gpustack.schemas.credentials import (
     ApiKey,
@@ -95,6 +104,17 @@ class Models(
         """Delete up to 100 models; answers for each what became of it."""
         asked = {"ids": ",".join(map(str, ids))}
         return await self._caller.one("DELETE", self.PATH, Deletions, asked=asked)
+
+    async def access(self, id: int) -> ModelAccess:
+        """To whom the model is granted."""
+        return await self._caller.one("GET", f"{self.PATH}/{id}/access", ModelAccess)
+
+    async def grant(
+        self, id: int, user_ids: Sequence[int] = (), group_ids: Sequence[int] = ()
+    ) -> ModelAccess:
+        """Grant the model to these users and groups, and to no others."""
+        wanted = ModelAccessUpdate(user_ids=[*user_ids], group_ids=[*group_ids])
+        return await self._caller.one("PUT", f"{self.PATH}/{id}/access", ModelAccess, wanted)
 
 
 class Instances(Collection[Instance], Follows[Instance], Deletes):
@@ -175,6 +195,26 @@ class Users(Creates[UserCreate, UserCreated], Updates[User, UserUpdate], Deletes
         wanted = PasswordReset(password=password)
         path = f"{self.PATH}/{id}/password"
         return (await self._caller.one("PUT", path, PasswordSet, wanted)).password
+
+
+class Groups(Named[Group], Creates[GroupCreate, Group], Updates[Group, GroupUpdate], Deletes):
+    """Users to whom models are granted together."""
+
+    PATH, KIND, CREATED = "/v2/groups", Group, Group
+
+    async def members(
+        self, id: int, *, limit: int | None = None, **filters: Filter
+    ) -> builtins.list[GroupMember]:
+        return await list_of(self._caller, f"{self.PATH}/{id}/members", GroupMember, limit, filters)
+
+    async def add(self, id: int, user_ids: Sequence[int]) -> None:
+        """Make users members, up to 1000 at a time."""
+        wanted = MembersAdd(user_ids=[*user_ids])
+        await self._caller.call("POST", f"{self.PATH}/{id}/members", wanted)
+
+    async def remove(self, id: int, user_id: int) -> None:
+        """Make a user no member any more."""
+        await self._caller.call("DELETE", f"{self.PATH}/{id}/members/{user_id}")
 
 
 class ApiKeys(

@@ -5,7 +5,7 @@ from typing import Final
 
 from gpustack.errors import Forbidden, PasswordChangeRequired, Unauthorized
 from gpustack.forward.http1 import Headers, first
-from gpustack.gateway.tables import Credential, Tables
+from gpustack.gateway.tables import Credential, Model, Tables
 from gpustack.lib.carriers import CARRIERS, Shown, shown
 from gpustack.lib.origin import is_foreign
 from gpustack.schemas.wire import SESSION_COOKIE
@@ -46,7 +46,7 @@ def check(credential: Credential, *, cookie: bool, method: str, headers: Headers
         raise Forbidden("A page of another origin may not use this session.")
 
 
-def check_again(then: Credential, tables: Tables, model: str | None) -> None:
+def check_again(then: Credential, tables: Tables, model: Model | None) -> None:
     """Return if a request that `then` opened, and that runs `model`, may go on.
 
     Raises:
@@ -57,14 +57,29 @@ def check_again(then: Credential, tables: Tables, model: str | None) -> None:
     if now is None or now.digest != then.digest:
         raise Unauthorized("This credential was revoked.")
     check(now, cookie=False, method="POST", headers=[])
-    if model is not None and not may_run(now, model):
-        raise Forbidden(f"This API key is not for the model {model!r} any more.")
+    if model is None:
+        return
+    if not is_for(now, model.name) or not may_use(now, tables.models.get(model.id, model)):
+        raise Forbidden(f"This credential is not for the model {model.name!r} any more.")
 
 
-def may_run(credential: Credential | None, model: str) -> bool:
+def is_for(credential: Credential | None, model: str) -> bool:
     """Whether the model is one of those that the credential is for. Nobody's is for all."""
     allowed = None if credential is None else credential.allowed_model_names
     return allowed is None or model in allowed
+
+
+def may_use(credential: Credential | None, model: Model) -> bool:
+    """Whether the model is every user's, or granted to this one. Nobody acts as an administrator.
+
+    Takes no longer with many users and groups.
+    """
+    grants = model.granted_to
+    if grants is None or credential is None or credential.is_admin:
+        return True
+    return credential.user_id in grants.user_ids or not (
+        credential.group_ids.isdisjoint(grants.group_ids)
+    )
 
 
 def _is_foreign(headers: Headers) -> bool:

@@ -3,12 +3,12 @@
 from typing import Final
 from urllib.parse import unquote
 
-from gpustack.errors import Forbidden, GPUStackError, NotFound, Unavailable
+from gpustack.errors import GPUStackError, NotFound, Unavailable
 from gpustack.forward.address import is_forwarding
 from gpustack.forward.exchange import IGNORED, Exchange, Receiver
 from gpustack.forward.upstream import Failure
 from gpustack.gateway.answers import MethodNotAllowed, ModelNotFound, openai, refuse
-from gpustack.gateway.credentials import may_run
+from gpustack.gateway.credentials import is_for, may_use
 from gpustack.gateway.inference import Inference
 from gpustack.gateway.passing import Passing, is_endless, without_private
 from gpustack.gateway.plane import Plane, Stranger
@@ -116,16 +116,13 @@ class Asking:
             there = [
                 _shown(model)
                 for model in tables.models.values()
-                if not model.deleting and may_run(credential, model.name)
+                if not model.deleting
+                and is_for(credential, model.name)
+                and may_use(credential, model)
             ]
             self._exchange.respond_json(200, {"object": "list", "data": there})
             return
-        name = unquote(operation[len(_MODEL) :])
-        if not may_run(credential, name):
-            raise Forbidden(f"This API key is not for the model {name!r}.")
-        model = tables.by_name.get(name)
-        if model is None or model.deleting:
-            raise ModelNotFound(f"The model {name!r} does not exist.", param="model")
+        model = self._plane.model(unquote(operation[len(_MODEL) :]), credential)
         self._exchange.respond_json(200, _shown(model))
 
 

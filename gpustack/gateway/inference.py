@@ -4,7 +4,7 @@ import time
 from collections.abc import Coroutine, Iterator
 from typing import Any, Final
 
-from gpustack.errors import BadRequest, Forbidden, GPUStackError, NoReadyInstance, Unavailable
+from gpustack.errors import BadRequest, GPUStackError, NoReadyInstance, Unavailable
 from gpustack.forward.address import FORWARDING
 from gpustack.forward.exchange import IGNORED, Exchange, Receiver
 from gpustack.forward.http1 import Headers, end_to_end, first
@@ -12,7 +12,7 @@ from gpustack.forward.listener import Server
 from gpustack.forward.upstream import Call, Failure
 from gpustack.gateway.answers import EngineUnreachable, ModelNotFound, refuse
 from gpustack.gateway.asked import Asked, understand
-from gpustack.gateway.credentials import check_again, may_run
+from gpustack.gateway.credentials import check_again
 from gpustack.gateway.metering import Reader, StreamReader, UsageFilter, WholeReader
 from gpustack.gateway.partial import model_of
 from gpustack.gateway.plane import Plane, Stranger
@@ -142,7 +142,7 @@ class Inference:
         if self._credential is None or self._exchange.finished:
             return
         try:
-            check_again(self._credential, tables, self._model.name if self._model else None)
+            check_again(self._credential, tables, self._model)
         except GPUStackError as error:
             refuse(self._exchange, error)
             self.client_left()
@@ -212,7 +212,7 @@ class Inference:
 
     async def _find_again(self) -> None:
         try:
-            await self._plane.again(self._look_up)
+            await self._plane.again(self._look_up_again)
         finally:
             self._waiting = False
         if self._exchange.finished:
@@ -223,15 +223,15 @@ class Inference:
     def _look_up(self) -> None:
         assert self._asked is not None  # noqa: S101
         tables = self._plane.tables
-        if not may_run(self._credential, self._asked.model):
-            raise Forbidden(f"This API key is not for the model {self._asked.model!r}.")
-        model = tables.by_name.get(self._asked.model)
-        if model is None or model.deleting:
-            raise ModelNotFound(f"The model {self._asked.model!r} does not exist.", param="model")
-        self._model = model
+        self._model = model = self._plane.model(self._asked.model, self._credential)
         self._targets = self._plane.routing.targets(tables, model)
         if not self._targets:
             raise NoReadyInstance(not_ready(tables, model))
+
+    def _look_up_again(self) -> None:
+        """With the credential as it is now: its user may be in other groups."""
+        self._credential = self._plane.identify(self._exchange)
+        self._look_up()
 
     # --- the engine --------------------------------------------------------------------------
 

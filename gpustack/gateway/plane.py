@@ -6,7 +6,7 @@ from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
-from gpustack.errors import GPUStackError, Unauthorized, Unavailable
+from gpustack.errors import Forbidden, GPUStackError, Unauthorized, Unavailable
 from gpustack.forward.address import is_local
 from gpustack.forward.exchange import Exchange
 from gpustack.forward.upstream import Address, Pool
@@ -15,7 +15,7 @@ from gpustack.gateway.answers import ModelNotFound, refuse
 from gpustack.gateway.passing import PATIENCE_S
 from gpustack.gateway.routing import Routing
 from gpustack.gateway.spool import Record
-from gpustack.gateway.tables import Credential, Tables
+from gpustack.gateway.tables import Credential, Model, Tables
 from gpustack.gateway.watch import Watch
 from gpustack.lib.secrets import digest
 
@@ -103,6 +103,20 @@ class Plane:
             headers=exchange.headers,
         )
         return known
+
+    def model(self, name: str, credential: Credential | None) -> Model:
+        """The model called `name`.
+
+        Raises:
+            Forbidden: the credential is not for it, be there such a model or not.
+            ModelNotFound: there is none that its user may use; newer tables may have it.
+        """
+        if not credentials.is_for(credential, name):
+            raise Forbidden(f"This API key is not for the model {name!r}.")
+        model = self.tables.by_name.get(name)
+        if model is None or model.deleting or not credentials.may_use(credential, model):
+            raise ModelNotFound(f"The model {name!r} does not exist.", param="model")
+        return model
 
     async def again(self, look_up: Callable[[], T]) -> T:
         """What `look_up` finds after asking the server for news.

@@ -26,14 +26,24 @@ class Credential(msgspec.Struct, frozen=True):
     expires_at: datetime | None = None
     password_change_required: bool = False
     user_disabled: bool = False
+    is_admin: bool = False
+    group_ids: frozenset[int] = frozenset()
+
+
+class Grants(msgspec.Struct, frozen=True):
+    """See schemas.access.Grants."""
+
+    user_ids: frozenset[int]
+    group_ids: frozenset[int]
 
 
 class Model(msgspec.Struct, frozen=True):
-    """See schemas.models.Model."""
+    """See schemas.access.RoutedModel. One that does not say to whom it is granted is nobody's."""
 
     id: int
     name: str
     created_at: datetime
+    granted_to: Grants | None
     deleting: bool = False
 
 
@@ -67,7 +77,7 @@ class Snapshot(msgspec.Struct):
     workers: list[Worker]
 
 
-SNAPSHOT_FORMAT: Final = 2
+SNAPSHOT_FORMAT: Final = 3
 
 _DECODERS: Final[dict[str, msgspec.json.Decoder[Any]]] = {
     wire.CREDENTIALS: msgspec.json.Decoder(Credential),

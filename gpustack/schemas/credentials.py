@@ -26,7 +26,11 @@ class Scope(StrEnum):
 
 
 class Credential(Schema):
-    """A credential as gateways see it: never the secret, only its digest."""
+    """A credential as gateways see it: never the secret, only its digest.
+
+    Attributes:
+        is_admin, group_ids: of its user. An administrator calls every model.
+    """
 
     id: int
     kind: CredentialKind
@@ -38,6 +42,8 @@ class Credential(Schema):
     expires_at: Time | None = None
     password_change_required: bool = False
     user_disabled: bool = False
+    is_admin: bool = False
+    group_ids: list[int] = []
 
 
 Scopes = Annotated[

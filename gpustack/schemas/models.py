@@ -28,6 +28,13 @@ class PlacementStrategy(StrEnum):
     BINPACK = "binpack"  # prefer the fullest that still fits
 
 
+class AccessPolicy(StrEnum):
+    """Who may see and call a model. Administrators may all."""
+
+    AUTHED = "authed"  # every user
+    ALLOWED_USERS = "allowed_users"  # those that it is granted to, themselves or their groups
+
+
 class ModelSource(Schema):
     """Where a model's files come from.
 
@@ -83,7 +90,11 @@ class VersionSpec(ModelSource):
 
 
 class ModelSpec(VersionSpec):
-    """All that a user may say of a model."""
+    """All that a user may say of a model.
+
+    Attributes:
+        access_policy: who may see and call it; instances are not started from it.
+    """
 
     name: Name
     description: str | None = None
@@ -91,6 +102,7 @@ class ModelSpec(VersionSpec):
     placement_strategy: Annotated[PlacementStrategy, Strict(False)] = PlacementStrategy.SPREAD
     worker_selector: dict[str, str] = Field(default_factory=dict)
     restart_on_error: bool = True
+    access_policy: Annotated[AccessPolicy, Strict(False)] = AccessPolicy.AUTHED
 
     def version(self) -> VersionSpec:
         """What an instance of it is started from."""

@@ -24,6 +24,7 @@ from gpustack.schemas import wire
 from gpustack.schemas.users import Source
 from gpustack.server import metrics
 from gpustack.server.api import (
+    access,
     acting,
     api_keys,
     apply,
@@ -34,6 +35,7 @@ from gpustack.server.api import (
     errors,
     events,
     gpu_devices,
+    groups,
     instances,
     join_tokens,
     log_levels,
@@ -146,7 +148,7 @@ def create_app(
     for part in (
         probes, auth, oidc, saml, models, instances, workers, api_keys, users, watch, usage,
         log_levels, events, audit, apply, start_options, gpu_devices, dashboard, model_files,
-        join_tokens,
+        join_tokens, groups, access,
     ):  # fmt: skip
         app.router.routes += part.router.routes
     if openapi_docs:

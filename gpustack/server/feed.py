@@ -10,6 +10,7 @@ import logging
 from collections.abc import AsyncGenerator, Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from sqlalchemy import func
 from sqlmodel import col, select
@@ -41,6 +42,14 @@ LISTEN_AGAIN_S = RETRY_S = 1.0
 Key = tuple[str, int]  # kind, id
 
 
+class Told(NamedTuple):
+    """How an object is since a revision, as a line; or that it is not there, for these eyes."""
+
+    revision: int
+    line: bytes
+    is_there: bool
+
+
 @dataclass(eq=False)
 class Subscription:
     """One watch: what it has not been sent yet.
@@ -48,6 +57,8 @@ class Subscription:
     Attributes:
         credential_id: that opened it; it ends with that credential.
         by_admin: whether it is of what only administrators see; it ends when its user is none.
+        shown: what it has been sent and not been told the end of, of kinds of which it is shown
+            a part.
     """
 
     kinds: frozenset[str]
@@ -55,14 +66,34 @@ class Subscription:
     credential_id: int | None = None
     by_admin: bool = False
     ended: bool = False
-    pending: dict[Key, tuple[int, bytes]] = field(default_factory=dict)
+    pending: dict[Key, Told] = field(default_factory=dict)
+    shown: set[Key] = field(default_factory=set)
     wake: asyncio.Event = field(default_factory=asyncio.Event)
     beat: bool = False
 
-    def put(self, key: Key, revision: int, line: bytes) -> None:
+    def put(self, key: Key, told: Told) -> None:
         self.pending.pop(key, None)  # to the end: order of last change
-        self.pending[key] = (revision, line)
+        self.pending[key] = told
         self.wake.set()
+
+    def hears_of(self, key: Key, *, is_there: bool) -> bool:
+        """Whether to send how an object is now. What is not shown to it, it is not told to be gone.
+
+        Asked when the line goes out, and not before: a list may be on its way.
+        """
+        if not self.audience.is_shown_part(key[0]):
+            return True
+        was_shown = key in self.shown
+        if is_there:
+            self.shown.add(key)
+        else:
+            self.shown.discard(key)
+        return is_there or was_shown
+
+    @property
+    def is_of_part(self) -> bool:
+        """Whether it is of what its user is shown a part of: it ends when that part is another."""
+        return any(map(self.audience.is_shown_part, self.kinds))
 
     def end(self) -> None:
         self.ended = True
@@ -191,13 +222,9 @@ class Feed:
             subscription.end()
 
     def _end_watches_of(self, credential_id: int, found: Found | None) -> None:
-        """End those that the credential, as it is now, does not open."""
-        user = found.user if found else None
-        is_admin, is_shut = bool(user and user.is_admin), _is_shut(found)
+        """End those that the credential, as it is now, does not open, or for other eyes."""
         for subscription in self._subscriptions:
-            if subscription.credential_id == credential_id and (
-                is_shut or (subscription.by_admin and not is_admin)
-            ):
+            if subscription.credential_id == credential_id and _ends_with(subscription, found):
                 subscription.end()
 
     def _send(
@@ -208,13 +235,14 @@ class Feed:
             if not audience.may_hear_of(change):
                 continue
             body = _rendered(key, render, audience) if render else None
-            if body is None and render is not None:
+            if body is None and render is not None and not audience.is_shown_part(key[0]):
                 continue
             # What is changed in one transaction shares one revision, so a watch that is cut here
             # has for sure all that came before it, and no more.
             line = self._object(key, body, cursor=self.cursor(change.revision - 1))
+            told = Told(change.revision, line, body is not None)
             for subscription in subscriptions:
-                subscription.put(key, change.revision, line)
+                subscription.put(key, told)
 
     def _open(self, subscription: Subscription) -> None:
         self._subscriptions.add(subscription)
@@ -252,6 +280,8 @@ class Feed:
             try:
                 await self._begin()
                 async with self._beginnings, self._db.read() as session:
+                    if await _has_ended(session, subscription):
+                        return
                     listed = await current_revision(session)
                     start, lines = await self._beginning(session, subscription, since)
             except Unavailable:  # it has begun to answer, so it can only end: they come again
@@ -277,7 +307,11 @@ class Feed:
         """What is waiting. No await in between: a heartbeat's cursor covers all before it."""
         pending, subscription.pending = subscription.pending, {}
         # In order of revision.
-        lines = [line for revision, line in pending.values() if revision > listed]
+        lines = [
+            told.line
+            for key, told in pending.items()
+            if told.revision > listed and subscription.hears_of(key, is_there=told.is_there)
+        ]
         if subscription.beat:
             subscription.beat = False
             lines.append(self._line(EventType.HEARTBEAT, revision=max(self.revision, listed)))
@@ -288,7 +322,8 @@ class Feed:
     ) -> tuple[int | None, list[bytes]]:
         """Where the stream starts from (None: the history does not reach there), and its lines."""
         audience, kinds = subscription.audience, sorted(subscription.kinds)
-        start = await self._resumable(session, since)
+        # Nobody knows what was shown to it then: it begins anew.
+        start = None if subscription.is_of_part else await self._resumable(session, since)
         changed = await _changes(session, start) if start is not None else {}
         lines = []
         for kind in kinds:
@@ -301,6 +336,7 @@ class Feed:
             for one in found:
                 gone.discard(one.id)
                 if (body := _rendered((kind, one.id), one.json, audience)) is not None:
+                    subscription.hears_of((kind, one.id), is_there=True)
                     lines.append(self._object((kind, one.id), body))
             lines += [self._object((kind, row_id), None) for row_id in sorted(gone)]
         return start, lines
@@ -347,9 +383,29 @@ async def _changes(session: ReadSession, after: int) -> dict[Key, Change]:
     return changed
 
 
-def _is_shut(found: Found | None) -> bool:
+async def _has_ended(session: ReadSession, subscription: Subscription) -> bool:
+    """Whether its credential has changed since the request was let in, so that nobody ended it."""
+    credential_id = subscription.credential_id
+    if credential_id is None:
+        return False
+    found = await load_ids(session, wire.CREDENTIALS, [credential_id])
+    return _ends_with(subscription, found[0] if found else None)
+
+
+def _ends_with(subscription: Subscription, found: Found | None) -> bool:
+    """Whether the credential, as it is now, does not open the watch, or would show another one."""
+    if found is None or _is_shut(found):
+        return True
+    is_admin = bool(found.user and found.user.is_admin)
+    if subscription.by_admin and not is_admin:
+        return True
+    groups = None if is_admin else found.group_ids
+    return subscription.is_of_part and subscription.audience.group_ids != groups
+
+
+def _is_shut(found: Found) -> bool:
     """Whether a credential, as it is now, opens no watch."""
-    if found is None or (found.user is not None and not found.user.is_active):
+    if found.user is not None and not found.user.is_active:
         return True
     is_key = found.row.kind == CredentialKind.KEY
     return is_key and {Scope.ALL, Scope.MANAGEMENT}.isdisjoint(found.row.scopes)

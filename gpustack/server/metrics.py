@@ -91,6 +91,8 @@ async def _admit(db: Database, known: Known[Principal], exchange: Exchange) -> P
     found = await resolve(db, known, shown.secret)
     if found.scopes.isdisjoint(_READERS) or found.password_change_required:
         raise Forbidden("This credential may not read metrics; a key with scope metrics may.")
+    if not found.is_admin:  # they name models that may not be this user's to see
+        raise Forbidden("Metrics are of the whole cluster: an administrator's key may read them.")
     return found
 
 

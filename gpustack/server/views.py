@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 from typing import Any, Final, TypeVar
 
 from pydantic import BaseModel
@@ -10,6 +11,7 @@ from sqlalchemy.orm.interfaces import ORMOption
 from sqlmodel import col, select
 
 from gpustack.schemas import wire
+from gpustack.schemas.access import Grants, RoutedModel
 from gpustack.schemas.credentials import ApiKey, Credential, CredentialKind
 from gpustack.schemas.instances import (
     AssignedInstance,
@@ -25,6 +27,7 @@ from gpustack.schemas.models import Model, ModelSpec, Rollout, VersionSpec
 from gpustack.schemas.workers import Worker, WorkerState, WorkerStatus
 from gpustack.server.auth.principals import Principal
 from gpustack.server.db import tables
+from gpustack.server.db.access import grants_of, groups_of, may_use, usable_by
 from gpustack.server.db.database import ReadSession
 from gpustack.server.db.rollouts import rollouts_of
 
@@ -40,11 +43,13 @@ class Audience:
 
     Attributes:
         kind: users are KEY, however they came in.
+        group_ids: of a user who is no administrator; None: who looks sees every model.
     """
 
     kind: CredentialKind
     worker_id: int | None = None
     user_id: int | None = None
+    group_ids: frozenset[int] | None = None
 
     @classmethod
     def of(cls, principal: Principal) -> "Audience":
@@ -52,17 +57,27 @@ class Audience:
             return GATEWAY
         if principal.kind is CredentialKind.WORKER:
             return cls(CredentialKind.WORKER, principal.worker_id)
-        return cls(CredentialKind.KEY, user_id=principal.user_id)
+        groups = None if principal.is_admin else principal.group_ids
+        return cls(CredentialKind.KEY, user_id=principal.user_id, group_ids=groups)
 
     def of_kind(self, kind: str) -> "Audience":
-        """All who are sent the same bytes of `kind` as this one. Only API keys are one user's."""
-        return USER if self.kind is CredentialKind.KEY and kind != wire.API_KEYS else self
+        """All who are sent the same bytes of `kind` as this one.
+
+        Only API keys are one user's, and the models that one who is no administrator may use.
+        """
+        if self.kind is not CredentialKind.KEY or kind == wire.API_KEYS or self.is_shown_part(kind):
+            return self
+        return ADMIN
+
+    def is_shown_part(self, kind: str) -> bool:
+        """Whether who looks may see some objects of `kind`, and must not hear of the others."""
+        return kind == wire.MODELS and self.group_ids is not None
 
     def may_hear_of(self, change: tables.Change) -> bool:
         return change.user_id is None or change.user_id == self.user_id
 
 
-USER = Audience(CredentialKind.KEY)
+ADMIN = Audience(CredentialKind.KEY)
 GATEWAY = Audience(CredentialKind.GATEWAY)
 
 #: Kinds that each audience may watch.
@@ -90,6 +105,8 @@ class Found:
 
     Attributes:
         model, version, worker, user: what the row refers to, where its kind has such a thing.
+        grants: of a model that is not every user's.
+        group_ids: of a credential: those that its user is in.
         members: of an instance, by rank, each with its worker.
     """
 
@@ -103,6 +120,8 @@ class Found:
     rollout: Rollout | None = None
     user: tables.User | None = None
     members: Sequence[tuple[tables.Member, tables.Worker]] = ()
+    grants: Grants | None = None
+    group_ids: frozenset[int] = frozenset()
 
     def json(self, audience: Audience) -> bytes | None:
         """The object as `audience` sees it; None if it must not."""
@@ -112,12 +131,16 @@ class Found:
             return None
         if self.kind == wire.API_KEYS and self.row.user_id != audience.user_id:
             return None
+        if audience.is_shown_part(self.kind) and not may_use(
+            self.grants, audience.user_id, audience.group_ids or frozenset()
+        ):
+            return None
         return self.view(audience).model_dump_json().encode()
 
     def view(self, audience: Audience) -> BaseModel:
         match self.kind:
             case wire.MODELS:
-                return model_view(self)
+                return model_view(self, audience)
             case wire.INSTANCES:
                 return instance_view(self, audience)
             case wire.WORKERS:
@@ -137,6 +160,8 @@ def rows_for(kind: str, audience: Audience) -> list[Any]:
         return [table.kind == CredentialKind.KEY, table.user_id == audience.user_id]
     if kind == wire.CREDENTIALS:
         return [table.kind != CredentialKind.JOIN]
+    if audience.is_shown_part(kind):
+        return [usable_by(audience.user_id)]
     return [] if audience.worker_id is None else [table.worker_id == audience.worker_id]
 
 
@@ -165,8 +190,19 @@ async def _completed(session: ReadSession, kind: str, rows: Any) -> list[Found]:
         case wire.INSTANCES:
             return await with_parents(session, rows)
         case wire.CREDENTIALS:
-            users = {user.id: user for user in (await session.exec(select(tables.User))).all()}
-            return [_found(kind, row, user=users.get(row.user_id)) for row in rows]
+            ids = {row.user_id for row in rows} - {None}
+            whose = select(tables.User).where(col(tables.User.id).in_(ids))
+            users = {user.id: user for user in (await session.exec(whose)).all()} if ids else {}
+            groups = await groups_of(session, ids) if ids else {}
+            return [
+                _found(
+                    kind,
+                    row,
+                    user=users.get(row.user_id),
+                    group_ids=groups.get(row.user_id, frozenset()),
+                )
+                for row in rows
+            ]
     return [_found(kind, row) for row in rows]
 
 
@@ -178,8 +214,9 @@ async def with_versions(session: ReadSession, rows: Any) -> list[Found]:
     """Models with the version that is wanted of them and how far their instances are with it."""
     models = {row.id: row for row in rows}
     versions, rollouts = await rollouts_of(session, models)
+    grants = await grants_of(session, models.values())
     return [
-        _found(wire.MODELS, row, version=versions[id], rollout=rollouts[id])
+        _found(wire.MODELS, row, version=versions[id], rollout=rollouts[id], grants=grants.get(id))
         for id, row in models.items()
     ]
 
@@ -225,9 +262,9 @@ def whole_spec(model: tables.Model, version: tables.ModelVersion) -> ModelSpec:
 _SPEC_COLUMNS = set(ModelSpec.model_fields) - set(VersionSpec.model_fields)
 
 
-def model_view(found: Found) -> Model:
+def model_view(found: Found, audience: Audience) -> Model:
     row = found.row
-    return Model.model_validate(
+    facts: dict[str, Any] = (
         found.version.spec
         | row.model_dump(exclude={"revision"})
         | {
@@ -237,6 +274,30 @@ def model_view(found: Found) -> Model:
             "rollout": found.rollout,
         }
     )
+    if audience.kind is CredentialKind.GATEWAY:
+        return RoutedModel.model_validate(facts | {"granted_to": found.grants})
+    return Model.model_validate(facts | (_kept_from_users(facts) if _is_user(audience) else {}))
+
+
+def _is_user(audience: Audience) -> bool:
+    """Whether it is a user who is no administrator."""
+    return audience.is_shown_part(wire.MODELS)
+
+
+def _kept_from_users(facts: dict[str, Any]) -> dict[str, Any]:
+    """What of a model is for who runs it: secrets may be in it, and how the cluster is made."""
+    path, profile = facts.get("local_path"), facts["profile"]
+    if path:
+        path = PurePosixPath(path.replace("\\", "/")).name or "/"
+    return {
+        "env": {},
+        "backend_parameters": [],
+        "worker_selector": {},
+        "local_path": path,
+        "profile": profile and profile | {"source": "", "problem": ""},
+        "state_message": "",
+        "rollout": facts["rollout"] and facts["rollout"].model_copy(update={"message": ""}),
+    }
 
 
 def instance_view(found: Found, audience: Audience) -> Instance:
@@ -328,6 +389,8 @@ def credential_view(found: Found) -> Credential:
     return Credential.model_validate(
         row.model_dump()
         | {
+            "is_admin": bool(found.user and found.user.is_admin),
+            "group_ids": sorted(found.group_ids),
             "user_disabled": bool(found.user and not found.user.is_active),
             "password_change_required": bool(
                 row.kind == CredentialKind.SESSION

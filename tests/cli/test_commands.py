@@ -62,6 +62,33 @@ def test_a_worker_is_labelled_and_what_it_registered_stays(run: Run, node: Node)
     run("workers", "label", worker["name"], "zone-")
 
 
+@pytest.mark.slow  # many commands, each with its start
+def test_a_model_is_granted_to_users_and_groups(run: Run, deployed: Path, node: Node) -> None:
+    with node.http() as http:
+        for name in ("ann", "bob"):
+            assert http.post("/v2/users", json={"username": name}).status_code == 201
+    run("groups", "create", "team", "--description", "d")
+    run("groups", "add", "team", "ann", "bob")
+    run("groups", "remove", "team", "bob")
+    (member,) = json.loads(run("groups", "members", "team", "--json").stdout)
+    assert member["username"] == "ann"
+    header, row = run("groups", "list").stdout.splitlines()
+    assert row[header.index("MEMBERS") :].startswith("1 ")
+    for words, said in (
+        ((), "every user"),
+        (("--nobody",), "administrators alone"),
+        (("--user", "bob", "--group", "team"), "user bob\ngroup team"),
+        ((), "user bob\ngroup team"),
+        (("--all-users",), "every user"),
+    ):
+        assert run("models", "access", "tiny", *words).stdout == f"{said}\n"
+    wrong = run("models", "access", "tiny", "--nobody", "--user", "bob", status=1).stderr
+    assert "give one of" in wrong
+    assert "no user is called eve" in run("groups", "add", "team", "eve", status=1).stderr
+    run("groups", "delete", "team")
+    assert "no group is called team" in run("groups", "members", "team", status=1).stderr
+
+
 def test_an_engines_log_is_printed_by_name_or_id(run: Run, deployed: Path) -> None:
     (instance,) = json.loads(run("instances", "list", "--json").stdout)
     for word in (instance["name"], str(instance["id"])):

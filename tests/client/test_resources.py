@@ -10,11 +10,12 @@ import pytest
 
 from gpustack.client import Client
 from gpustack.errors import Conflict, Forbidden, Invalid, NotFound, Unavailable
+from gpustack.schemas.access import GroupCreate, GroupUpdate
 from gpustack.schemas.apply import Apply
 from gpustack.schemas.credentials import ApiKeyCreate, ApiKeyUpdate, JoinTokenCreate
 from gpustack.schemas.events import EventKind
 from gpustack.schemas.model_files import ModelFileCreate, ModelFileState
-from gpustack.schemas.models import Model, ModelCreate, ModelUpdate, Source
+from gpustack.schemas.models import AccessPolicy, Model, ModelCreate, ModelUpdate, Source
 from gpustack.schemas.users import MeUpdate, UserCreate, UserUpdate
 from gpustack.schemas.watch import EventType
 from gpustack.schemas.workers import WorkerUpdate
@@ -164,6 +165,26 @@ async def use_users(client: Client) -> None:
         await client.users.get(eve.id)
 
 
+async def use_groups(client: Client) -> None:
+    eve = await client.users.create(UserCreate(username="eve"))
+    team = await client.groups.create(GroupCreate(name="team"))
+    await client.groups.add(team.id, [eve.id])
+    assert [one.username for one in await client.groups.members(team.id)] == ["eve"]
+    changed = await client.groups.update(team.id, GroupUpdate(name="crew", generation=1))
+    assert (await client.groups.by_name("crew")) == changed
+    model = await client.models.create(
+        spec("hers", replicas=0, access_policy=AccessPolicy.ALLOWED_USERS)
+    )
+    granted = await client.models.grant(model.id, [eve.id], [team.id])
+    assert await client.models.access(model.id) == granted
+    assert [one.name for one in granted.groups] == ["crew"]
+    await client.models.delete(model.id)
+    await client.groups.remove(team.id, eve.id)
+    assert (await client.groups.get(team.id)).members == 0
+    await client.groups.delete(team.id)
+    await client.users.delete(eve.id)
+
+
 async def use_api_keys(client: Client) -> None:
     key = await client.api_keys.create(ApiKeyCreate(name="k", expires_in=60))
     async with Client(client.base_url, key.value) as other, asyncio.timeout(10):
@@ -205,6 +226,7 @@ async def test_the_client_has_a_method_for_every_route(client: Recorded, node: N
     await use_workers(client, node)
     await use_model_files(client, node)
     await use_users(client)
+    await use_groups(client)
     await use_api_keys(client)
     await use_join_tokens(client)
     await use_what_is_only_read(client)
@@ -261,7 +283,7 @@ async def test_a_user_who_is_no_administrator_follows_the_own_keys(
         async with aclosing(hers.api_keys.follow()) as changes:
             seen = [await anext(changes) for _ in range(3)]
         assert [one.object.name for one in seen if one.object] == ["hers"]
-        async with aclosing(hers.models.follow()) as refused:
+        async with aclosing(hers.workers.follow()) as refused:
             assert (await anext(refused)).type is EventType.RESYNC
             with pytest.raises(Forbidden, match="this needs an administrator"):
                 await anext(refused)

@@ -18,7 +18,7 @@ from tests.support.data_plane import AUTH, KEY, fill
 from tests.support.openai_engine import Engine, Seen, Wire, content_events, running
 from tests.support.raw_http import Client, Reply, ask
 from tests.support.wait import eventually
-from tests.support.watch_server import WatchServer, credential, watch_server
+from tests.support.watch_server import WatchServer, credential, model, watch_server
 
 OTHER = "another-key"
 WITHDRAWN: dict[str, Callable[[WatchServer], None]] = {
@@ -28,6 +28,9 @@ WITHDRAWN: dict[str, Callable[[WatchServer], None]] = {
     ),
     "for other models": lambda server: server.put(
         "credentials", credential(1, KEY, allowed_model_names=["other"])
+    ),
+    "the model is granted to others": lambda server: server.put(
+        "models", model(1, "m", granted_to={"user_ids": [2], "group_ids": []})
     ),
     "of another scope": lambda server: server.put(
         "credentials", credential(1, KEY) | {"scopes": ["management"]}

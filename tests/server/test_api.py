@@ -14,7 +14,7 @@ from gpustack.schemas import wire
 from gpustack.server.controllers.workers import ALL, SILENT_AGAIN_S, Workers
 from gpustack.server.db import tables
 from gpustack.server.heartbeats import Heartbeats
-from gpustack.server.views import USER
+from gpustack.server.views import ADMIN
 from tests.server.conftest import JOIN, PASSWORD, Plane, Start, registration
 from tests.support.wait import eventually
 
@@ -386,7 +386,7 @@ async def test_a_worker_that_is_back_at_another_address_is_news_of_its_instances
     await admin.post("/v2/models", json=MODEL)
     (instance,) = await placed(plane, admin)
     assert instance["worker_ip"] == "127.0.0.1"
-    watch = plane.feed.watch(frozenset({wire.INSTANCES}), USER)
+    watch = plane.feed.watch(frozenset({wire.INSTANCES}), ADMIN)
     while json.loads(await anext(watch))["type"] != "synced":
         pass
     moved = registration(ip="10.0.0.9")

@@ -85,6 +85,9 @@ CALLS: dict[tuple[str, str], Act] = {
     ("PATCH", "/v2/models/{model_id}"): lambda s: s.admin.patch(
         "/v2/models/1", json={"description": "newer"}
     ),
+    ("PUT", "/v2/models/{model_id}/access"): lambda s: s.admin.put(
+        "/v2/models/1/access", json={"user_ids": [1]}
+    ),
     ("POST", "/v2/model-instances/{instance_id}/retry"): lambda s: s.admin.post(
         f"/v2/model-instances/{s.instance}/retry"
     ),
@@ -114,6 +117,15 @@ CALLS: dict[tuple[str, str], Act] = {
     ("PUT", "/v2/users/{user_id}"): lambda s: s.admin.put(
         "/v2/users/2", json={"username": "third", "is_admin": False}
     ),
+    ("POST", "/v2/groups"): lambda s: s.admin.post("/v2/groups", json={"name": "team"}),
+    ("PUT", "/v2/groups/{group_id}"): lambda s: s.admin.put("/v2/groups/1", json={"name": "t"}),
+    ("POST", "/v2/groups/{group_id}/members"): lambda s: s.admin.post(
+        "/v2/groups/1/members", json={"user_ids": [2]}
+    ),
+    ("DELETE", "/v2/groups/{group_id}/members/{user_id}"): lambda s: s.admin.delete(
+        "/v2/groups/1/members/2"
+    ),
+    ("DELETE", "/v2/groups/{group_id}"): lambda s: s.admin.delete("/v2/groups/1"),
     ("DELETE", "/v2/users/{user_id}"): lambda s: s.admin.delete("/v2/users/2"),
     ("PUT", "/v2/users/{user_id}/password"): lambda s: s.admin.put(
         "/v2/users/1/password", json={"password": "Better-than-2"}

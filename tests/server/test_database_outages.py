@@ -22,7 +22,7 @@ from gpustack.server.db import engines
 from gpustack.server.db.migrate import migrate
 from gpustack.server.db.tables import Worker
 from gpustack.server.db.url import parse
-from gpustack.server.views import USER
+from gpustack.server.views import ADMIN
 from tests.server.conftest import Plane, Start
 from tests.support.databases import KINDS, Databases
 from tests.support.network import Network, network
@@ -84,7 +84,7 @@ async def test_a_database_that_goes_away_is_waited_for(
 ) -> None:
     admin, agent = await plane.admin(), await plane.worker()
     heartbeats = plane.app.state.heartbeats
-    watch = plane.feed.watch(frozenset({wire.MODELS}), USER)
+    watch = plane.feed.watch(frozenset({wire.MODELS}), ADMIN)
     assert json.loads(await anext(watch))["type"] == "synced"
     caplog.clear()
 
@@ -99,7 +99,7 @@ async def test_a_database_that_goes_away_is_waited_for(
         assert "Retry-After" in answer.headers
     heartbeats.heard(agent.id)
     await heartbeats.write(plane.db)  # fails, and forgets nobody
-    ended = plane.feed.watch(frozenset({wire.MODELS}), USER)
+    ended = plane.feed.watch(frozenset({wire.MODELS}), ADMIN)
     assert [line async for line in ended] == []
 
     await between.up()

@@ -17,8 +17,8 @@ from gpustack.schemas.credentials import CredentialKind
 from gpustack.server.controllers.workers import ALL, Workers
 from gpustack.server.db import history, tables
 from gpustack.server.db.database import Database, current_revision
-from gpustack.server.feed import Subscription, _changes
-from gpustack.server.views import GATEWAY, USER, Audience
+from gpustack.server.feed import Subscription, Told, _changes
+from gpustack.server.views import ADMIN, GATEWAY, Audience
 from tests.server.conftest import PASSWORD, Plane, Start, registration
 from tests.support.wait import eventually
 
@@ -63,7 +63,7 @@ async def add(plane: Plane, *names: str) -> list[int]:
 
 async def test_a_watch_lists_then_says_synced_then_follows(plane: Plane) -> None:
     await add(plane, "a", "b")
-    watch = Watch(plane.feed.watch(KINDS, USER))
+    watch = Watch(plane.feed.watch(KINDS, ADMIN))
     listed = await watch.until("synced")
     assert [event["data"]["name"] for event in listed] == ["a", "b"]
     (created,) = await add(plane, "c")
@@ -121,19 +121,19 @@ async def test_a_cursor_of_another_life_leads_to_resync_and_a_full_list(
     plane: Plane, since: str
 ) -> None:
     await add(plane, "a")
-    watch = Watch(plane.feed.watch(KINDS, USER, since=since))
+    watch = Watch(plane.feed.watch(KINDS, ADMIN, since=since))
     assert (await watch.next())["type"] == "resync"
     assert [event["data"]["name"] for event in await watch.until("synced")] == ["a"]
 
 
 async def test_a_cursor_older_than_the_history_leads_to_resync(plane: Plane) -> None:
-    watch = Watch(plane.feed.watch(KINDS, USER))
+    watch = Watch(plane.feed.watch(KINDS, ADMIN))
     await watch.until("synced")
     await add(plane, "a", "b")
     async with plane.db.write() as session:
         newest = await current_revision(session)
         await session.exec(delete(tables.Change).where(tables.Change.revision < newest))  # type: ignore[arg-type]
-    resumed = Watch(plane.feed.watch(KINDS, USER, since=watch.cursor))
+    resumed = Watch(plane.feed.watch(KINDS, ADMIN, since=watch.cursor))
     assert (await resumed.next())["type"] == "resync"
 
 
@@ -202,7 +202,7 @@ async def test_what_was_listed_does_not_go_back_in_time(plane: Plane) -> None:
     watch = Watch(plane.feed.watch(kinds, GATEWAY))
     await watch.next()
     for subscription in plane.feed._subscriptions:
-        subscription.put((wire.CREDENTIALS, listed), newest, b'"again"')
+        subscription.put((wire.CREDENTIALS, listed), Told(newest, b'"again"', is_there=True))
     await watch.until("synced")
     other = await create_key(admin, "b")
     assert (await watch.next())["id"] == other
@@ -265,7 +265,7 @@ async def test_a_worker_that_says_again_who_it_is_is_no_news_of_its_instances(
 ) -> None:
     admin, agent = await plane.admin(), await plane.worker("one")
     await admin.post("/v2/models", json=MODEL | {"name": "m", "replicas": 1})
-    watch = Watch(plane.feed.watch(frozenset({wire.MODELS, wire.INSTANCES}), USER))
+    watch = Watch(plane.feed.watch(frozenset({wire.MODELS, wire.INSTANCES}), ADMIN))
     seen: dict[str, Any] = {}
 
     async def quiet() -> None:
@@ -294,7 +294,7 @@ async def test_watchers_are_told_what_the_list_shows_when_a_worker_falls_silent_
     admin = await plane.admin()
     created = await admin.post("/v2/models", json=MODEL | {"name": "m", "replicas": 1})
     model_id = created.json()["id"]
-    watch = Watch(plane.feed.watch(frozenset({wire.MODELS, wire.INSTANCES}), USER))
+    watch = Watch(plane.feed.watch(frozenset({wire.MODELS, wire.INSTANCES}), ADMIN))
     shown: dict[str, Any] = {}
 
     async def see(*expected: object) -> None:
@@ -392,7 +392,7 @@ async def test_nobody_hears_of_another_users_keys_nor_of_other_credentials(plane
 async def test_only_keys_are_made_into_bytes_for_each_user(plane: Plane) -> None:
     one, other = await _of_user(plane, "admin"), Audience(CredentialKind.KEY, user_id=99)
     shared = (wire.MODELS, wire.INSTANCES, wire.WORKERS)
-    assert all(one.of_kind(kind) == other.of_kind(kind) == USER for kind in shared)
+    assert all(one.of_kind(kind) == other.of_kind(kind) == ADMIN for kind in shared)
     assert one.of_kind(wire.API_KEYS) != other.of_kind(wire.API_KEYS)
 
 
@@ -418,8 +418,9 @@ async def _of_user(plane: Plane, username: str) -> Audience:
 async def test_a_watch_ends_with_the_key_that_opened_it(plane: Plane) -> None:
     admin = await plane.admin()
     key = (await admin.post("/v2/api-keys", json={"name": "k"})).json()
-    watch = Watch(plane.feed.watch(KINDS, USER, credential_id=key["id"]))
-    other = Watch(plane.feed.watch(KINDS, USER, credential_id=key["id"] + 1))
+    stays = (await admin.post("/v2/api-keys", json={"name": "stays"})).json()
+    watch = Watch(plane.feed.watch(KINDS, ADMIN, credential_id=key["id"]))
+    other = Watch(plane.feed.watch(KINDS, ADMIN, credential_id=stays["id"]))
     await watch.until("synced")
     await other.until("synced")
     await admin.delete(f"/v2/api-keys/{key['id']}")
@@ -431,23 +432,23 @@ async def test_a_watch_ends_with_the_key_that_opened_it(plane: Plane) -> None:
 
 async def test_an_object_that_cannot_be_shown_ends_no_watch(plane: Plane) -> None:
     odd, sound = await add(plane, "odd", "sound")
-    watch = Watch(plane.feed.watch(KINDS, USER))
+    watch = Watch(plane.feed.watch(KINDS, ADMIN))
     await watch.until("synced")
     async with plane.db.write() as session:
         (await session.get_one(tables.Model, odd)).placement_strategy = "none that exists"
         (await session.get_one(tables.Model, sound)).description = "still told of"
     while (await watch.of(sound))["data"]["description"] is None:
         pass
-    fresh = Watch(plane.feed.watch(KINDS, USER))
+    fresh = Watch(plane.feed.watch(KINDS, ADMIN))
     assert [event["id"] for event in await fresh.until("synced")] == [sound]
 
 
 async def test_a_stalled_watcher_costs_one_entry_per_object() -> None:
-    subscription = Subscription(KINDS, USER)
+    subscription = Subscription(KINDS, ADMIN)
     for revision in range(100_000):
-        subscription.put((wire.MODELS, revision % 3), revision, b"{}")
+        subscription.put((wire.MODELS, revision % 3), Told(revision, b"{}", is_there=True))
     assert len(subscription.pending) == 3
-    assert [revision for revision, _ in subscription.pending.values()] == [99_997, 99_998, 99_999]
+    assert [told.revision for told in subscription.pending.values()] == [99_997, 99_998, 99_999]
 
 
 async def test_each_audience_sees_only_what_is_for_it(plane: Plane, tmp_path: Path) -> None:
@@ -470,7 +471,7 @@ async def test_each_audience_sees_only_what_is_for_it(plane: Plane, tmp_path: Pa
     gateways = await first(GATEWAY)
     assert gateways["secret"] == mine["secret"]
     assert "spec" not in gateways
-    users = await first(USER)
+    users = await first(ADMIN)
     assert "secret" not in users
     other = Watch(plane.feed.watch(kinds, Audience.of(await _principal(agent.id + 1))))
     assert await other.until("synced") == []

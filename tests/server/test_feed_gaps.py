@@ -5,7 +5,7 @@ import pytest
 from gpustack.schemas import wire
 from gpustack.server.db import history
 from gpustack.server.feed import Feed
-from gpustack.server.views import USER, load_ids
+from gpustack.server.views import ADMIN, load_ids
 from tests.server.conftest import Plane
 from tests.server.test_feed import KINDS, Watch, add
 
@@ -17,7 +17,7 @@ async def test_what_was_pruned_before_this_server_read_it_is_listed_anew(
     heard: list[tuple[str, int]] = []
     behind = Feed(plane.db, "epoch", lambda kind, row_id: heard.append((kind, row_id)))
     assert await behind._begun()
-    watch = Watch(behind.watch(KINDS, USER))
+    watch = Watch(behind.watch(KINDS, ADMIN))
     await watch.until("synced")
     await add(plane, "a", "b", "c")
     monkeypatch.setattr(history, "KEPT_REVISIONS", 2)
@@ -26,7 +26,7 @@ async def test_what_was_pruned_before_this_server_read_it_is_listed_anew(
     with pytest.raises(StopAsyncIteration):
         await watch.until("never")
     assert (wire.CREDENTIALS, 0) in heard  # whatever was remembered of them is forgotten
-    again = Watch(behind.watch(KINDS, USER, since=watch.cursor))
+    again = Watch(behind.watch(KINDS, ADMIN, since=watch.cursor))
     monkeypatch.undo()  # what controllers do next is more than that
     assert (await again.next())["type"] == "resync"
     assert [one["data"]["name"] for one in await again.until("synced")] == ["a", "b", "c"]
@@ -38,7 +38,7 @@ async def test_what_was_pruned_before_this_server_read_it_is_listed_anew(
 async def test_a_watch_from_before_the_first_look_of_the_feed_misses_nothing(plane: Plane) -> None:
     """Else what was committed between its list and that look would be told to nobody."""
     early = Feed(plane.db, "epoch", lambda *_: None)
-    watch = Watch(early.watch(KINDS, USER))
+    watch = Watch(early.watch(KINDS, ADMIN))
     await watch.until("synced")
     (model,) = await add(plane, "a")
     assert await early._begun()

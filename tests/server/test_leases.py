@@ -40,7 +40,7 @@ from gpustack.server.db.tables import (
 )
 from gpustack.server.heartbeats import Heartbeats
 from gpustack.server.leading import Control, lead
-from gpustack.server.views import GATEWAY, USER
+from gpustack.server.views import ADMIN, GATEWAY
 from tests.server.conftest import Plane, Start
 from tests.support.databases import KINDS
 from tests.support.leader import model
@@ -340,7 +340,7 @@ async def test_watchers_of_one_server_hear_within_a_second_of_what_another_chang
 ) -> None:
     here, there = await start(tmp_path / "a"), await start(tmp_path / "b")
     admin = await here.admin()
-    lines = there.feed.watch(frozenset({wire.MODELS}), USER)
+    lines = there.feed.watch(frozenset({wire.MODELS}), ADMIN)
     await anext(lines)
     took = []
     for number in range(6):

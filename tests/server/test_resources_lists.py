@@ -13,7 +13,7 @@ from gpustack.schemas import wire
 from gpustack.schemas.instances import InstanceState
 from gpustack.server.db import tables
 from gpustack.server.db.states import instance_state, worker_state
-from gpustack.server.views import USER, load
+from gpustack.server.views import ADMIN, load
 from tests.server.conftest import JOIN, Plane, registration
 from tests.support.wait import eventually
 
@@ -177,7 +177,7 @@ async def test_an_instances_state_in_sql_is_the_one_that_it_shows(plane: Plane) 
             await session.flush()
             found = await session.exec(select(tables.Instance.id, instance_state()))
             in_sql = dict(found.all())
-            shown = {one.id: one.view(USER) for one in await load(session, wire.INSTANCES)}
+            shown = {one.id: one.view(ADMIN) for one in await load(session, wire.INSTANCES)}
             raise Undone
     assert len(in_sql) == len(facts)
     assert in_sql == {key: view.model_dump()["state"] for key, view in shown.items()}
@@ -229,7 +229,7 @@ async def test_a_workers_state_in_sql_is_the_one_that_it_shows(plane: Plane) -> 
                 row.facts = None if "mute" in row.name else row.facts
             await session.flush()
             in_sql = (await session.exec(select(tables.Worker.name, worker_state()))).all()
-            shown = [one.view(USER).model_dump() for one in await load(session, wire.WORKERS)]
+            shown = [one.view(ADMIN).model_dump() for one in await load(session, wire.WORKERS)]
             raise Undone
     assert sorted(in_sql) == sorted((view["name"], view["state"]) for view in shown)
     assert len(set(in_sql)) == 4

@@ -10,7 +10,7 @@ import pytest
 
 from gpustack.schemas import wire
 from gpustack.server.db import tables
-from gpustack.server.views import USER
+from gpustack.server.views import ADMIN
 from tests.server.conftest import FakeAgent, Plane
 
 FILES = "/v2/model-files"
@@ -137,7 +137,7 @@ async def test_a_worker_speaks_for_its_own_files_only(plane: Plane) -> None:
 async def test_a_deleted_row_is_gone_and_watchers_hear_of_all_of_it(plane: Plane) -> None:
     admin, agent = await plane.admin(), await plane.worker()
     kinds = frozenset({wire.MODEL_FILES})
-    async with asyncio.timeout(10), aclosing(plane.feed.watch(kinds, USER)) as lines:
+    async with asyncio.timeout(10), aclosing(plane.feed.watch(kinds, ADMIN)) as lines:
         assert json.loads(await anext(lines))["type"] == "synced"
         row = await asked_for(admin, agent)
         put = json.loads(await anext(lines))

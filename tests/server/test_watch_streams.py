@@ -120,10 +120,9 @@ async def test_who_is_no_administrator_any_more_watches_no_longer_what_they_see(
                 path = f"/v2/users/{made['id']}"
                 wanted = {"username": "u", "is_admin": False}
                 assert (await client.put(path, json=wanted)).status_code == 200
-                with pytest.raises(EOFError):
-                    await event(instances)
-                await add(plane, "m")
-                assert (await event(models))["event"] == "put"
+                for lines in (instances, models):  # of models there is less to see now
+                    with pytest.raises(EOFError):
+                        await event(lines)
             assert (await browser.get("/v2/model-instances")).status_code == 403
 
 

@@ -21,7 +21,8 @@ def credential(id: int, secret: str, **more: Any) -> Object:
 
 
 def model(id: int, name: str, **more: Any) -> Object:
-    return {"id": id, "name": name, "created_at": CREATED, "replicas": 1, **more}
+    shown = {"id": id, "name": name, "created_at": CREATED, "replicas": 1, "granted_to": None}
+    return {**shown, **more}
 
 
 def instance(id: int, model_id: int, port: int | None, **more: Any) -> Object:

@@ -30,7 +30,7 @@ def _if_match(
 
 
 #: Rows whose updates are compared.
-Generations = tables.Credential | tables.Model | tables.User | tables.Worker
+Generations = tables.Credential | tables.Group | tables.Model | tables.User | tables.Worker
 #: The generations of `If-Match`; None: the request names none.
 IfMatch = Annotated[frozenset[int] | None, Depends(_if_match)]
 

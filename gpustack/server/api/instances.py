@@ -21,7 +21,7 @@ from gpustack.server.db import tables
 from gpustack.server.db.database import Database, get, touch
 from gpustack.server.db.instances import begin_end, remove
 from gpustack.server.db.states import instance_state
-from gpustack.server.views import USER, load_ids
+from gpustack.server.views import ADMIN, load_ids
 
 if TYPE_CHECKING:
     import httpx
@@ -53,7 +53,7 @@ async def get_instance(db: Db, admin: Admin, instance_id: Id) -> Instance:
     async with db.read() as session:
         await get(session, tables.Instance, instance_id)
         (found,) = await load_ids(session, wire.INSTANCES, [instance_id])
-    return Instance.model_validate(found.view(USER), from_attributes=True)
+    return Instance.model_validate(found.view(ADMIN), from_attributes=True)
 
 
 @router.delete("/{instance_id}", status_code=202, response_class=Response)

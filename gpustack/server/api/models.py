@@ -39,7 +39,7 @@ from gpustack.server.api.instances import InstanceQuery
 from gpustack.server.api.lists import Asked, ListQuery, WatchQuery, listed, page_of
 from gpustack.server.api.repeated import Repeated
 from gpustack.server.api.streams import WATCHED
-from gpustack.server.auth.principals import Admin
+from gpustack.server.auth.principals import Admin, AnyUser
 from gpustack.server.db import tables
 from gpustack.server.db.database import ReadSession, WriteSession, get
 from gpustack.server.db.json_arrays import has_text
@@ -51,7 +51,7 @@ from gpustack.server.db.versions import (
     version_before,
     version_of,
 )
-from gpustack.server.views import USER, load_ids, whole_spec
+from gpustack.server.views import ADMIN, Audience, load_ids, whole_spec
 
 router = APIRouter(prefix="/v2/models", tags=["models"], route_class=Repeated)
 
@@ -94,15 +94,19 @@ class VersionQuery(ListQuery):
 
 @router.get("", response_model=Page[Model], responses=WATCHED)
 @raises(BadRequest)
-async def list_models(db: Db, feed: Changes, admin: Admin, query: Asked[ModelQuery]) -> Any:
-    return await listed(db, feed, admin, query)
+async def list_models(db: Db, feed: Changes, user: AnyUser, query: Asked[ModelQuery]) -> Any:
+    """The models that the user may use, without what is for who runs them; of administrators all.
+
+    A watch that begins with `since` begins with a whole list, but for administrators.
+    """
+    return await listed(db, feed, user, query)
 
 
 @router.get("/{model_id}")
-async def get_model(db: Db, admin: Admin, model_id: Id, response: Response) -> Model:
+async def get_model(db: Db, user: AnyUser, model_id: Id, response: Response) -> Model:
     """The ETag is the generation: an update may name it in If-Match."""
     async with db.read() as session:
-        model = await specs.view(session, model_id)
+        model = await specs.view(session, model_id, Audience.of(user))
     tag(response, model.generation)
     return model
 
@@ -181,7 +185,7 @@ async def list_instances_of(
         await get(session, tables.Model, model_id)
 
     async def show(session: ReadSession, ids: Sequence[int]) -> dict[int, Any]:
-        return {one.id: one.view(USER) for one in await load_ids(session, wire.INSTANCES, ids)}
+        return {one.id: one.view(ADMIN) for one in await load_ids(session, wire.INSTANCES, ids)}
 
     return await page_of(db, query, show, col(tables.Instance.model_id) == model_id)
 

@@ -5,13 +5,13 @@ from typing import Any
 from sqlmodel import col, select
 
 from gpustack.backends import BACKENDS, backend_for
-from gpustack.errors import Conflict, Invalid
+from gpustack.errors import Conflict, Invalid, NotFound
 from gpustack.schemas import wire
 from gpustack.schemas.models import Model, ModelSpec, VersionSpec
 from gpustack.server.db import tables
 from gpustack.server.db.database import ReadSession, WriteSession, get, touch
 from gpustack.server.db.versions import add_version, newest_version, spec_of
-from gpustack.server.views import USER, load_ids
+from gpustack.server.views import ADMIN, Audience, load, rows_for
 
 
 def check(spec: ModelSpec) -> None:
@@ -29,15 +29,16 @@ def check(spec: ModelSpec) -> None:
         raise Invalid(f"local_path: want an absolute path, got {spec.local_path}")
 
 
-async def view(session: ReadSession, model_id: int) -> Model:
-    """The model as users see it.
+async def view(session: ReadSession, model_id: int, audience: Audience = ADMIN) -> Model:
+    """The model as `audience` sees it.
 
     Raises:
-        NotFound: there is none with this id.
+        NotFound: there is none with this id, for these eyes.
     """
-    await get(session, tables.Model, model_id)
-    (found,) = await load_ids(session, wire.MODELS, [model_id])
-    return Model.model_validate(found.view(USER), from_attributes=True)
+    its = col(tables.Model.id) == model_id
+    for found in await load(session, wire.MODELS, its, *rows_for(wire.MODELS, audience)):
+        return Model.model_validate(found.view(audience), from_attributes=True)
+    raise NotFound(f"there is no model with id {model_id}")
 
 
 async def create(session: WriteSession, spec: ModelSpec) -> tables.Model:

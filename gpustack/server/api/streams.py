@@ -31,8 +31,8 @@ _SENT_EVENT = {
         },
     },
 }
-#: Kinds whose routes let every user watch.
-OF_ANY_USER = frozenset({wire.MODELS, wire.API_KEYS})
+#: Kinds of which administrators see what everybody sees.
+OF_ANY_USER = frozenset({wire.API_KEYS})
 #: What a route that can be watched says of its answer.
 WATCHED: dict[int | str, dict[str, Any]] = {
     200: {"content": {NDJSON: {"itemSchema": _EVENT}, SSE: {"itemSchema": _SENT_EVENT}}}

@@ -1,7 +1,7 @@
 """Who is asking. Every route names the kind of principal it serves as a parameter type."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Annotated, Any
 
@@ -27,6 +27,7 @@ from gpustack.schemas.events import ActorKind
 from gpustack.server.auth.known import Known
 from gpustack.server.auth.last_uses import LastUses
 from gpustack.server.auth.sessions import SESSION_LIFE, SESSION_STEP, cookie
+from gpustack.server.db.access import groups_of
 from gpustack.server.db.acting import Actor, become
 from gpustack.server.db.database import Database, find
 from gpustack.server.db.join_tokens import join_token
@@ -43,6 +44,7 @@ class Principal:
     Attributes:
         credential_id: None for the loopback rule, which needs none.
         allowed_model_names: an API key runs no others; None: all.
+        group_ids: that its user is in; of an administrator they say nothing, and are left out.
         expires_at: the end of the credential.
         username, credential_name: as the audit log has them.
     """
@@ -54,6 +56,7 @@ class Principal:
     worker_id: int | None = None
     scopes: frozenset[Scope] = frozenset()
     allowed_model_names: frozenset[str] | None = None
+    group_ids: frozenset[int] = frozenset()
     expires_at: datetime | None = None
     password_change_required: bool = False
     username: str = ""
@@ -192,7 +195,10 @@ async def resolve(db: Database, known: Known[Principal], secret: str) -> Princip
         user = await session.get(User, row.user_id) if row.user_id else None
         if user is not None and not user.is_active:
             raise Unauthorized("this user is disabled: ask an administrator")
-    found = _principal(row, user)
+        groups = frozenset[int]()
+        if user is not None and not user.is_admin:
+            groups = (await groups_of(session, [user.id])).get(user.id, groups)
+    found = replace(_principal(row, user), group_ids=groups)
     known.remember(secret, found, row.expires_at, mark)
     return found
 

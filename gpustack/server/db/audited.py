@@ -66,7 +66,7 @@ AUDITED: Final[Mapping[type, Subject]] = {
         "name",
         frozenset(
             {"name", "description", "replicas", "placement_strategy", "worker_selector",
-             "restart_on_error"}
+             "restart_on_error", "access_policy"}
         ),
         frozenset(
             {"id", "revision", "generation", "rollout_message", "deleting", "created_at",
@@ -118,6 +118,12 @@ AUDITED: Final[Mapping[type, Subject]] = {
         frozenset({"id", "generation", "created_at"}),
         {"password_hash": "password"},
     ),
+    tables.Group: Subject(
+        "groups",
+        "name",
+        frozenset({"name", "description"}),
+        frozenset({"id", "generation", "created_at"}),
+    ),
     tables.Credential: Subject(
         wire.API_KEYS,
         "name",
@@ -158,10 +164,13 @@ NOT_AUDITED: Final[Mapping[type, str]] = {
     tables.Counter: "the history's",
     tables.Device: "the workers'",
     tables.Event: "what happened",
+    tables.GroupMember: "audited as its group",
     tables.Identity: "made with its user",
     tables.Lease: "the servers'",
     tables.LoadSample: "what was measured",
     tables.Member: "the scheduler's and the workers'",
+    tables.ModelGroup: "audited as its model",
+    tables.ModelUser: "audited as its model",
     tables.ModelVersion: "audited as its model",
     tables.SamlMessage: "identity providers'",
     tables.Usage: "the gateways'",

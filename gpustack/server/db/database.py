@@ -23,7 +23,15 @@ from gpustack.server.db import diffs, journal, leases
 from gpustack.server.db.engines import controlling, reading, writing
 from gpustack.server.db.failures import away
 from gpustack.server.db.listening import CHANNEL
-from gpustack.server.db.tables import WATCHED, Change, Counter, Credential, User, Watched
+from gpustack.server.db.tables import (
+    WATCHED,
+    Change,
+    Counter,
+    Credential,
+    GroupMember,
+    User,
+    Watched,
+)
 from gpustack.server.db.url import Kind, parse
 
 logger = logging.getLogger(__name__)
@@ -199,6 +207,9 @@ def _note_changes(session: SyncSession, _: object) -> None:
     changed = [row for row in session.dirty if session.is_modified(row)]
     session.info.setdefault("users", set()).update(
         row.id for row in changed if isinstance(row, User)
+    )
+    session.info["users"].update(
+        row.user_id for row in [*session.new, *session.deleted] if isinstance(row, GroupMember)
     )
     for row in _watched([*session.new, *changed]):
         touched |= _touches(row, deleted=False)

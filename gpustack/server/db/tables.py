@@ -14,6 +14,7 @@ from sqlmodel import Field, SQLModel
 
 from gpustack.schemas import wire
 from gpustack.schemas.credentials import CredentialKind
+from gpustack.schemas.models import AccessPolicy
 from gpustack.schemas.users import Source
 from gpustack.server.db import types
 
@@ -317,12 +318,57 @@ class Model(Watched, table=True):
     placement_strategy: str = _text()
     worker_selector: dict[str, str] = _json()
     restart_on_error: bool
+    access_policy: str = _text(16, default=AccessPolicy.AUTHED)
     generation: int = 1
     # the server's own
     rollout_message: str = _text(1000, default="")
     deleting: bool = False
     created_at: datetime = _time(default_factory=now)
     updated_at: datetime = _time(default_factory=now, sa_column_kwargs={"onupdate": now})
+
+
+class Group(SQLModel, table=True):
+    """Users to whom models are granted together."""
+
+    __tablename__ = "user_groups"
+    __table_args__ = {"sqlite_autoincrement": True}
+
+    id: int | None = _id(default=None, primary_key=True)
+    name: str = _text(128, unique=True)
+    description: str | None = _prose(default=None)
+    generation: int = 1
+    created_at: datetime = _time(default_factory=now)
+
+
+class GroupMember(SQLModel, table=True):
+    """A user in a group. What the user's credentials stand for depends on it."""
+
+    __tablename__ = "group_members"
+
+    group_id: int = _id(primary_key=True, foreign_key="user_groups.id", ondelete="CASCADE")
+    user_id: int = _id(primary_key=True, foreign_key="users.id", ondelete="CASCADE", index=True)
+
+
+class ModelUser(SQLModel, table=True):
+    """A model that is granted to a user. Watchers see it in the model: whoever changes it touches
+    that."""
+
+    __tablename__ = "model_users"
+
+    model_id: int = _id(primary_key=True, foreign_key="models.id", ondelete="CASCADE")
+    user_id: int = _id(primary_key=True, foreign_key="users.id", ondelete="CASCADE", index=True)
+
+
+class ModelGroup(SQLModel, table=True):
+    """A model that is granted to a group. Watchers see it in the model: whoever changes it touches
+    that."""
+
+    __tablename__ = "model_groups"
+
+    model_id: int = _id(primary_key=True, foreign_key="models.id", ondelete="CASCADE")
+    group_id: int = _id(
+        primary_key=True, foreign_key="user_groups.id", ondelete="CASCADE", index=True
+    )
 
 
 class ModelVersion(SQLModel, table=True):

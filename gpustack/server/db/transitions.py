@@ -23,7 +23,8 @@ REASONS_SHOWN = 3
 MESSAGE_LIMIT = 2000
 
 _MODEL_SPEC = (
-    "name", "description", "replicas", "placement_strategy", "worker_selector", "restart_on_error"
+    "name", "description", "replicas", "placement_strategy", "worker_selector", "restart_on_error",
+    "access_policy",
 )  # fmt: skip
 _REGISTRATION = (
     "name", "hostname", "machine_id", "ip", "port", "labels", "system_reserved_ram_bytes",
