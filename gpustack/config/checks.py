@@ -68,6 +68,11 @@ def contradictions(settings: Settings, origins: Origins) -> Iterator[str]:
             f"{_name('allow_credentials', origins)} needs --allow-origins that are named: with "
             f"{min(anybody)} any page could act as the user who is signed in"
         )
+    if settings.server_ca is not None and settings.server_fingerprint is not None:
+        yield (
+            f"{_name('server_ca', origins)} and {_name('server_fingerprint', origins)}: give one "
+            "of them, since a fingerprint counts alone"
+        )
     if not settings.is_server and settings.token is None:
         yield (
             f"{_name('server_url', origins)} needs --token: the content of <data-dir>/token on "
@@ -77,7 +82,7 @@ def contradictions(settings: Settings, origins: Origins) -> Iterator[str]:
 
 def unusable(settings: Settings, origins: Origins) -> Iterator[str]:
     """A sentence for each path, mode and interface that this process could not use. Only looks."""
-    for key in (*_TLS, "gateway_kubeconfig", "pipx_path"):
+    for key in (*_TLS, "server_ca", "gateway_kubeconfig", "pipx_path"):
         path: Path | None = getattr(settings, key)
         if path is not None and not _allowed(path, os.R_OK):
             why = "cannot be read" if path.exists() else "is not there"
