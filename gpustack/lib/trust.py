@@ -105,6 +105,15 @@ def exactly(certificate: str) -> ssl.SSLContext:
     return context
 
 
+def certificate_in(text: str) -> str:
+    """The certificate in a file's text, where it comes last: after its key.
+
+    Raises:
+        ValueError: there is none.
+    """
+    return text[text.index(ssl.PEM_HEADER) :]
+
+
 def _client() -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_2

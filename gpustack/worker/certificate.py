@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
 
-from gpustack.lib import platform
+from gpustack.lib import platform, trust
 from gpustack.schemas.wire import WORKER_CERTIFICATE_FILE
 
 logger = logging.getLogger(__name__)
@@ -62,7 +62,7 @@ class OwnCertificate:
         if title != self._title:
             logger.info("%s is another worker's: this one makes its own", self._file)
             return None
-        return text[text.index(ssl.PEM_HEADER) :]
+        return trust.certificate_in(text)
 
     def _make(self) -> str:
         from cryptography import x509

@@ -5,7 +5,6 @@ import os
 import resource
 import signal
 import socket
-import ssl
 import subprocess
 import sys
 import time
@@ -243,8 +242,8 @@ def test_every_role_that_is_killed_is_started_again(make_node: MakeNode) -> None
 
         soon(replaced, f"{role} is started again")
 
-    own = (node.data_dir / WORKER_CERTIFICATE_FILE).read_text()
-    tls = trust.exactly(own[own.index(ssl.PEM_HEADER) :])
+    own = trust.certificate_in((node.data_dir / WORKER_CERTIFICATE_FILE).read_text())
+    tls = trust.exactly(own)
 
     def works() -> bool:
         with node.http() as http:
