@@ -10,11 +10,13 @@ import pytest
 
 from gpustack import errors
 from gpustack.client import Client
+from gpustack.config.load import load
 from gpustack.forward.exchange import IGNORED, Receiver
 from gpustack.forward.listener import Exchange, Server
 from gpustack.gateway.tls import Certificate
 from gpustack.lib import trust
 from gpustack.lib.platform import listen
+from gpustack.server.api.join_tokens import about_server
 from tests.support.certificate import Issued, expire, issue
 from tests.support.wait import settled
 
@@ -122,3 +124,26 @@ def test_authorities_that_are_none_are_named_in_one_sentence(tmp_path: Path) -> 
     for file, why in ((nonsense, "want certificates as PEM"), (tmp_path / "none", "No such file")):
         with pytest.raises(errors.SettingsError, match=f"--server-ca {file}: {why}"):
             trust.of_server(file, None)
+
+
+@pytest.mark.parametrize("vouched_for", [True, False])
+def test_a_join_command_needs_the_fingerprint_where_no_authority_vouches_for_the_server(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, vouched_for: bool
+) -> None:
+    issued = issue(tmp_path)
+    given = {"ssl_certfile": str(issued.certfile), "ssl_keyfile": str(issued.keyfile)}
+    given |= {"data_dir": str(tmp_path), "advertise_address": "127.0.0.1", "tls_port": "8443"}
+    if vouched_for:
+        monkeypatch.setenv("SSL_CERT_FILE", str(issued.certfile))  # OpenSSL's, for its own system
+    assert about_server(load(given, {}).settings) == {
+        "server_url": "https://127.0.0.1:8443",
+        "server_fingerprint": trust.fingerprint(issued.der),
+        "server_is_vouched_for": vouched_for,
+    }
+    elsewhere = about_server(load(given | {"server_external_url": "https://x.test"}, {}).settings)
+    assert not elsewhere["server_is_vouched_for"]
+
+
+def test_a_server_without_a_certificate_has_no_fingerprint(tmp_path: Path) -> None:
+    given = {"data_dir": str(tmp_path), "advertise_address": "127.0.0.1", "port": "8000"}
+    assert about_server(load(given, {}).settings) == {"server_url": "http://127.0.0.1:8000"}

@@ -19,6 +19,7 @@ from gpustack.gateway.tls import Certificate
 from gpustack.lib.platform import listen
 from tests.support.certificate import Issued, expire, issue
 from tests.support.raw_http import Client, raw
+from tests.support.wait import eventually
 
 Handle = Callable[[Exchange], Awaitable[None]]
 
@@ -211,6 +212,46 @@ async def test_who_speaks_no_tls_is_let_go_without_a_word_in_the_log(
         assert (await client.reply()).status == 200
         await client.close()
     assert caplog.records == []
+
+
+async def test_files_that_are_renewed_are_noticed_by_themselves(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    issued, other = issue(tmp_path), issue(tmp_path, "other")
+    certificate = Certificate(issued.certfile, issued.keyfile)
+    anything = ssl.create_default_context()
+    anything.check_hostname, anything.verify_mode = False, ssl.CERT_NONE
+
+    async def answer(exchange: Exchange) -> None:
+        exchange.respond(200)
+
+    async with asyncio.TaskGroup() as group:
+        server, sock = Server(asynchronous(answer, group)), listen("127.0.0.1", 0)
+        await server.listen(sock, tls=certificate.context)
+        following = group.create_task(certificate.follow(every_s=0.01))
+
+        async def dialled() -> asyncio.StreamWriter:
+            port = sock.getsockname()[1]
+            return (await asyncio.open_connection("127.0.0.1", port, ssl=anything))[1]
+
+        async def shown() -> bool:
+            writer = await dialled()
+            found: bytes = writer.get_extra_info("ssl_object").getpeercert(binary_form=True)
+            writer.transport.abort()
+            return found == other.der
+
+        assert not await shown()
+        issued.certfile.write_bytes(other.certfile.read_bytes())  # its key has yet to come
+
+        async def said() -> bool:
+            return "the certificate stays as it was" in caplog.text
+
+        await eventually(said, "half a renewal is named")
+        assert not await shown()
+        issued.replace_by(other)
+        await eventually(shown, "the new certificate is shown")
+        following.cancel()
+        server.close()
 
 
 def test_files_that_are_no_certificate_are_named_in_one_sentence(
