@@ -30,12 +30,14 @@ def issued(tmp_path_factory: pytest.TempPathFactory) -> Issued:
 
 
 @asynccontextmanager
-async def serving(issued: Issued, handle: Handle) -> AsyncIterator[tuple[int, Server]]:
+async def serving(
+    issued: Issued, handle: Handle, certificate: Certificate | None = None
+) -> AsyncIterator[tuple[int, Server]]:
     async with asyncio.TaskGroup() as group:
         server = Server(asynchronous(handle, group), sweep_s=0.02)
         sock = listen("127.0.0.1", 0)
         port: int = sock.getsockname()[1]
-        certificate = Certificate(issued.certfile, issued.keyfile)
+        certificate = certificate or Certificate(issued.certfile, issued.keyfile)
         await server.listen(sock, tls=certificate.context)
         try:
             yield port, server
@@ -225,17 +227,11 @@ async def test_files_that_are_renewed_are_noticed_by_themselves(
     async def answer(exchange: Exchange) -> None:
         exchange.respond(200)
 
-    async with asyncio.TaskGroup() as group:
-        server, sock = Server(asynchronous(answer, group)), listen("127.0.0.1", 0)
-        await server.listen(sock, tls=certificate.context)
+    async with serving(issued, answer, certificate) as (port, _), asyncio.TaskGroup() as group:
         following = group.create_task(certificate.follow(every_s=0.01))
 
-        async def dialled() -> asyncio.StreamWriter:
-            port = sock.getsockname()[1]
-            return (await asyncio.open_connection("127.0.0.1", port, ssl=anything))[1]
-
         async def shown() -> bool:
-            writer = await dialled()
+            _, writer = await asyncio.open_connection("127.0.0.1", port, ssl=anything)
             found: bytes = writer.get_extra_info("ssl_object").getpeercert(binary_form=True)
             writer.transport.abort()
             return found == other.der
@@ -251,7 +247,6 @@ async def test_files_that_are_renewed_are_noticed_by_themselves(
         issued.replace_by(other)
         await eventually(shown, "the new certificate is shown")
         following.cancel()
-        server.close()
 
 
 def test_files_that_are_no_certificate_are_named_in_one_sentence(
