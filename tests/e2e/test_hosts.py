@@ -175,7 +175,7 @@ async def test_nothing_that_crosses_between_hosts_can_be_read_on_the_way(
         said = worker.log.read_text().count("worker 1 of cluster")
         worker.kill_role("agent")
         again = "the new agent is known"
-        soon(lambda: worker.log.read_text().count("worker 1 of cluster") > said, again)
+        soon(lambda: worker.log.read_text().count("worker 1 of cluster") > said, again, within_s=60)
         soon(lambda: prompt.encode() in clients, "the client's own request is seen, in clear")
     assert len(between) > len(log)
     for readable in (prompt, *secrets, "HTTP/1.1", "content-type", log[:60].decode()):
@@ -189,7 +189,11 @@ def test_a_server_with_another_key_is_refused_and_what_runs_goes_on(
     issued.replace_by(issue(tmp_path, "other"))
     assert server.process is not None
     server.process.send_signal(signal.SIGHUP)
-    soon(lambda: "the certificate was read again" in server.log.read_text(), "it is shown")
+    soon(
+        lambda: "the certificate was read again" in server.log.read_text(),
+        "it is shown",
+        within_s=30,
+    )
     worker.kill_role("agent")
     said = f"its key has fingerprint {trust.fingerprint(issued.der)}, not {was}: if the server"
     soon(lambda: said in worker.log.read_text(), "the worker says so", within_s=30)

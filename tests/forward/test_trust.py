@@ -13,7 +13,7 @@ import pytest
 from gpustack.forward.upstream import Failure, Pool
 from gpustack.schemas.wire import WORKER_CERTIFICATE_FILE
 from gpustack.worker.certificate import OwnCertificate
-from tests.forward.test_upstream import Recorder, pooled
+from tests.forward.test_upstream import Recorder
 
 SECRET = b"the-secret-of-an-instance"
 
@@ -61,6 +61,16 @@ async def peer(folder: Path | None) -> AsyncIterator[Peer]:
         server.close()
 
 
+@asynccontextmanager
+async def pooled() -> AsyncIterator[Pool]:
+    async with asyncio.TaskGroup() as group:
+        pool = Pool(group, connect_timeout_s=30.0)
+        try:
+            yield pool
+        finally:
+            pool.close()
+
+
 async def ask(pool: Pool, port: int, certificate: str) -> Recorder:
     """A request with a secret, and what came of it."""
     headers = [(b"host", b"x"), (b"authorization", b"Bearer " + SECRET)]
@@ -68,7 +78,7 @@ async def ask(pool: Pool, port: int, certificate: str) -> Recorder:
     pool.send(
         ("127.0.0.1", port), "GET", b"/", headers, sink, repeatable=True, certificate=certificate
     )
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         await sink.over.wait()
     return sink
 

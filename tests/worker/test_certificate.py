@@ -96,7 +96,7 @@ async def test_a_server_is_known_by_its_key_also_at_later_starts(
     said = f"its key has fingerprint {trust.fingerprint(other.der)}, not {fingerprint}"
     async with listening(plane, speaking(other)):
         async with node.agent(leave=Leave.ORPHANED):
-            await eventually(lambda: said in caplog.text)
+            await eventually(lambda: said in caplog.text, limit_s=30)
         assert node.engines() == engines  # nothing that runs is stopped
         assert len(plane.announcements) == announced
         node.flags["server_fingerprint"] = trust.fingerprint(other.der)
