@@ -89,6 +89,14 @@ def unusable(settings: Settings, origins: Origins) -> Iterator[str]:
             yield f"{_name(key, origins)}: {path} {why}"
         elif path is not None and path.is_dir():
             yield f"{_name(key, origins)}: {path} is a directory, want a file"
+    if settings.server_ca is not None and settings.server_ca.is_file():
+        from gpustack.lib import trust  # no other start needs it so early
+
+        try:
+            trust.authorities(settings.server_ca)
+        except OSError:
+            place = _name("server_ca", origins)
+            yield f"{place}: {settings.server_ca} is no certificate of an authority: want PEM"
     if settings.gateway_mode in ("in-cluster", "external"):
         yield (
             f"{_name('gateway_mode', origins)}: {settings.gateway_mode} needs the support of "

@@ -91,6 +91,7 @@ def test_secrets_are_never_printed(tmp_path: Path) -> None:
             ["--server-ca and --server-fingerprint: give one"],
         ),
         ({"server_ca": "/nowhere"}, {}, ["--server-ca: /nowhere is not there"]),
+        ({"server_ca": "/etc/passwd"}, {}, ["--server-ca: /etc/passwd is no certificate"]),
         (
             {},
             {"GPUSTACK_SSL_KEYFILE": "/dev/null"},
