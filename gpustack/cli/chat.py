@@ -79,6 +79,7 @@ def _pieces(http: "httpx.Client", body: dict[str, Any]) -> Iterator[str]:
     import httpx
 
     from gpustack.client.failures import error_of
+    from gpustack.lib import trust
 
     try:
         with http.stream("POST", "/v1/chat/completions", json=body) as answer:
@@ -92,7 +93,7 @@ def _pieces(http: "httpx.Client", body: dict[str, Any]) -> Iterator[str]:
                     whole = value.strip() == "[DONE]"
                     yield from () if whole else _text(value)
     except httpx.HTTPError as error:
-        why = str(error) or type(error).__name__
+        why = trust.why(error, http.base_url.host)
         raise Unavailable(f"no answer from the server at {http.base_url}: {why}") from error
     if not whole:
         raise Unavailable("the answer broke off")
@@ -123,6 +124,10 @@ def _http(server: Connection) -> "Iterator[httpx.Client]":
     # A long prompt on a slow machine takes minutes until its first word.
     limits = httpx.Timeout(600, connect=10)
     with httpx.Client(
-        base_url=server.url, headers=bearer, timeout=limits, trust_env=False
+        base_url=server.url,
+        headers=bearer,
+        timeout=limits,
+        trust_env=False,
+        verify=server.tls() or False,
     ) as client:
         yield client

@@ -1,6 +1,7 @@
 """Which server a command talks to, and as whom."""
 
 import asyncio
+import dataclasses
 import functools
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -12,12 +13,15 @@ import click
 
 from gpustack.cli.lock_file import running_node
 from gpustack.cli.words import typed
+from gpustack.config.values import parse
 from gpustack.errors import SettingsError, Unavailable
 from gpustack.lib.net import is_loopback
 from gpustack.lib.platform import default_data_dir
 from gpustack.lib.secrets import Secret
 
 if TYPE_CHECKING:
+    import ssl
+
     from gpustack.client import Client
 
 T = TypeVar("T")
@@ -31,6 +35,8 @@ class Connection:
 
     Attributes:
         data_dir: of the server on this machine; None: a URL was given.
+        ca: authorities that may sign the server's certificate; None: this system's.
+        fingerprint: of the server's key, which is then all that counts.
         hint: what to say besides if nobody answers.
     """
 
@@ -38,11 +44,25 @@ class Connection:
     token: Secret | None
     data_dir: Path | None = None
     hint: str = ""
+    ca: Path | None = None
+    fingerprint: str | None = None
 
     def client(self) -> "Client":
         from gpustack.client import Client  # httpx and pydantic: not for --help
 
-        return Client(self.url, self.token.reveal() if self.token else None)
+        return Client(self.url, self.token.reveal() if self.token else None, tls=self.tls())
+
+    def tls(self) -> "ssl.SSLContext | None":
+        """Whom to believe that it is the server; None: it is called without TLS.
+
+        Raises:
+            SettingsError: --server-ca is of no use.
+        """
+        if not self.url.startswith("https:"):
+            return None
+        from gpustack.lib import trust  # not for --help
+
+        return trust.of_server(self.ca, self.fingerprint)
 
     def run(self, act: "Callable[[Client], Awaitable[T]]") -> T:
         """What `act` answers, given a client of this server."""
@@ -80,6 +100,13 @@ def connection(url: str | None, token: str | None, data_dir: Path | None) -> Con
             raise SettingsError("--api-key: a key has neither spaces nor letters beyond ASCII")
         return Connection(url, Secret(token), own, hint)
     return Connection(url, _local_admin(place) if is_loopback(host) else None, own, hint)
+
+
+def _fingerprint(text: str | None) -> str | None:
+    try:
+        return None if text is None else parse("fingerprint", text)
+    except ValueError as error:
+        raise SettingsError(f"--server-fingerprint: {error}") from None
 
 
 def host_in(url: str, option: str = "--server-url") -> str:
@@ -137,11 +164,28 @@ def connected(command: Callable[..., Any]) -> Callable[..., Any]:
         "--data-dir", envvar="GPUSTACK_DATA_DIR", metavar="DIR", type=click.Path(path_type=Path),
         help="Data directory of the server on this machine.",
     )  # fmt: skip
+    @click.option(
+        "--server-ca", envvar="GPUSTACK_SERVER_CA", metavar="FILE",
+        type=click.Path(path_type=Path),
+        help="Authorities that may sign the server's certificate, instead of this system's.",
+    )  # fmt: skip
+    @click.option(
+        "--server-fingerprint", envvar="GPUSTACK_SERVER_FINGERPRINT", metavar="TEXT",
+        help="Fingerprint of the server's public key, which is then all that counts.",
+    )  # fmt: skip
     @functools.wraps(command)
     def called(
-        *args: Any, server_url: str | None, api_key: str | None, data_dir: Path | None, **more: Any
+        *args: Any,
+        server_url: str | None,
+        api_key: str | None,
+        data_dir: Path | None,
+        server_ca: Path | None,
+        server_fingerprint: str | None,
+        **more: Any,
     ) -> Any:
         server = connection(typed(server_url), typed(api_key), data_dir)
+        fingerprint = _fingerprint(typed(server_fingerprint))
+        server = dataclasses.replace(server, ca=server_ca, fingerprint=fingerprint)
         return command(server, *args, **{name: typed(given) for name, given in more.items()})
 
     return called

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Coroutine, Mapping
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from gpustack.cli import activation, notify, reload_config
@@ -25,10 +26,11 @@ from gpustack.config.load import hot_json
 from gpustack.config.options import Settings
 from gpustack.errors import GPUStackError, SettingsError
 from gpustack.gateway.tls import Certificate
-from gpustack.lib import logs, platform
+from gpustack.lib import logs, platform, trust
 from gpustack.lib.backoff import delay_s
 from gpustack.lib.net import url_host
 from gpustack.lib.secrets import new_secret
+from gpustack.schemas.wire import WORKER_CERTIFICATE_FILE
 
 logger = logging.getLogger(__name__)
 
@@ -368,8 +370,9 @@ class Launcher:
     async def _announce(self) -> None:
         """Say when the node answers, and where."""
         self._notifier.status("starting")
-        address = self._sockets.reachable("public" if self._settings.is_server else "worker")
-        while not await _answers(*address):  # noqa: ASYNC110  another process's readiness
+        own = None if self._settings.is_server else self._settings.data_dir
+        address = self._sockets.reachable("worker" if own else "public")
+        while not await _answers(*address, own):  # noqa: ASYNC110  another process's readiness
             await asyncio.sleep(0.05)
         self._ready = True
         self._say()
@@ -380,14 +383,22 @@ class Launcher:
             logger.info("user admin's password, unless it was changed, is in %s", password)
 
 
-async def _answers(host: str, port: int) -> bool:
-    """Whether GET /readyz there is 200 now."""
+async def _answers(host: str, port: int, worker: Path | None) -> bool:
+    """Whether GET /readyz there is 200 now.
+
+    Args:
+        worker: the data directory whose relay it is, if it is one: relays speak TLS.
+    """
     try:
+        tls = None
+        if worker is not None:
+            text = (worker / WORKER_CERTIFICATE_FILE).read_text()
+            tls = trust.exactly(trust.certificate_in(text))
         async with asyncio.timeout(2):
-            reader, writer = await asyncio.open_connection(host, port)
+            reader, writer = await asyncio.open_connection(host, port, ssl=tls)
             writer.write(b"GET /readyz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
             status = await reader.readline()
             writer.close()
             return b" 200 " in status
-    except (OSError, TimeoutError):
+    except (OSError, TimeoutError, ValueError):  # no certificate yet, or half of one
         return False

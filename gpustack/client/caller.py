@@ -1,6 +1,7 @@
 """Calls to one server: requests, answers, streams."""
 
 import json
+import ssl
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from datetime import date
@@ -13,6 +14,7 @@ from pydantic import BaseModel, ValidationError
 from gpustack.client.failures import error_of
 from gpustack.client.watching import follow
 from gpustack.errors import BadRequest, GPUStackError, Unavailable
+from gpustack.lib import trust
 from gpustack.schemas import wire
 from gpustack.schemas.watch import WatchEvent
 
@@ -31,9 +33,17 @@ class Caller:
     Args:
         base_url: of the server or its gateway, such as http://127.0.0.1:80.
         token: an API key, or a worker's credential; sent as a bearer token.
+        tls: whom to believe that it is the server; None: as this system has it.
     """
 
-    def __init__(self, base_url: str, token: str | None = None, *, timeout_s: float = 15.0) -> None:
+    def __init__(
+        self,
+        base_url: str,
+        token: str | None = None,
+        *,
+        timeout_s: float = 15.0,
+        tls: ssl.SSLContext | None = None,
+    ) -> None:
         self.base_url = base_url.rstrip("/")
         self.timeout_s = timeout_s
         self._http = httpx.AsyncClient(
@@ -42,8 +52,8 @@ class Caller:
             headers={"Authorization": "Bearer " + token} if token else {},
             timeout=timeout_s,
             trust_env=False,  # no proxy ever stands between server and workers
-            # Loading the system's certificates costs tens of milliseconds.
-            verify=self.base_url.startswith("https:"),
+            # Loading the system's authorities costs tens of milliseconds.
+            verify=(tls or trust.authorities()) if self.base_url.startswith("https:") else False,
         )
 
     async def __aenter__(self) -> Self:
@@ -146,7 +156,7 @@ class Caller:
             raise self._unavailable(error) from error
 
     def _unavailable(self, error: httpx.HTTPError) -> Unavailable:
-        why = str(error) or type(error).__name__  # time-outs carry no text
+        why = trust.why(error, self._http.base_url.host)
         return Unavailable(f"no answer from the server at {self.base_url}: {why}")
 
 

@@ -1,5 +1,7 @@
 """The API as typed methods: what the command line and users' programs call."""
 
+import ssl
+
 from gpustack.client import resources
 from gpustack.client.caller import Caller
 from gpustack.schemas.apply import Applied, Apply
@@ -13,8 +15,15 @@ class Client(Caller):
     ...     running = await client.instances.list(state="running")
     """
 
-    def __init__(self, base_url: str, token: str | None = None, *, timeout_s: float = 15.0) -> None:
-        super().__init__(base_url, token, timeout_s=timeout_s)
+    def __init__(
+        self,
+        base_url: str,
+        token: str | None = None,
+        *,
+        timeout_s: float = 15.0,
+        tls: ssl.SSLContext | None = None,
+    ) -> None:
+        super().__init__(base_url, token, timeout_s=timeout_s, tls=tls)
         self.models = resources.Models(self)
         self.instances = resources.Instances(self)
         self.workers = resources.Workers(self)

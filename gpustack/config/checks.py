@@ -78,6 +78,11 @@ def contradictions(settings: Settings, origins: Origins) -> Iterator[str]:
             f"{_name('allow_credentials', origins)} needs --allow-origins that are named: with "
             f"{min(anybody)} any page could act as the user who is signed in"
         )
+    if settings.server_ca is not None and settings.server_fingerprint is not None:
+        yield (
+            f"{_name('server_ca', origins)} and {_name('server_fingerprint', origins)}: give one "
+            "of them, since a fingerprint counts alone"
+        )
     if not settings.is_server and settings.token is None:
         yield (
             f"{_name('server_url', origins)} needs --token: the content of <data-dir>/token on "
@@ -100,13 +105,21 @@ def _saml_alone(settings: Settings, origins: Origins) -> Iterator[str]:
 
 def unusable(settings: Settings, origins: Origins) -> Iterator[str]:
     """A sentence for each path, mode and interface that this process could not use. Only looks."""
-    for key in (*_TLS, "gateway_kubeconfig", "pipx_path"):
+    for key in (*_TLS, "server_ca", "gateway_kubeconfig", "pipx_path"):
         path: Path | None = getattr(settings, key)
         if path is not None and not _allowed(path, os.R_OK):
             why = "cannot be read" if path.exists() else "is not there"
             yield f"{_name(key, origins)}: {path} {why}"
         elif path is not None and path.is_dir():
             yield f"{_name(key, origins)}: {path} is a directory, want a file"
+    if settings.server_ca is not None and settings.server_ca.is_file():
+        from gpustack.lib import trust  # no other start needs it so early
+
+        try:
+            trust.authorities(settings.server_ca)
+        except OSError:
+            place = _name("server_ca", origins)
+            yield f"{place}: {settings.server_ca} is no certificate of an authority: want PEM"
     if settings.gateway_mode in ("in-cluster", "external"):
         yield (
             f"{_name('gateway_mode', origins)}: {settings.gateway_mode} needs the support of "

@@ -282,6 +282,14 @@ def _duration_shown(seconds: float) -> str:
     return f"{seconds / _UNITS_S[unit]:g}{unit}"
 
 
+def _fingerprint(raw: Any) -> str:
+    """As `lib.trust.fingerprint` writes it."""
+    found = _text(raw).strip().lower()
+    if not re.fullmatch(r"sha256:[0-9a-f]{64}", found):
+        raise ValueError(f"want sha256: and 64 hexadecimal digits, got {shown(raw)}")
+    return found
+
+
 def _database(raw: Any) -> Secret:
     """The text is never quoted: a password may stand in it."""
     url = raw.strip() if isinstance(raw, str) else ""
@@ -364,6 +372,7 @@ _PARSERS: dict[str, Callable[[Any], Any]] = {
     "tokens": _tokens,
     "duration": _duration,
     "database": _database,
+    "fingerprint": _fingerprint,
     "json": _json,
     "reserved": _reserved,
 }

@@ -16,6 +16,17 @@ class WorkerOptions:
         "要加入的服务器；设置后本节点只运行工作节点。",
         aliases=("-s",),
     )  # fmt: skip
+    server_ca: Path | None = option(
+        "--server-ca", "path", None,
+        "Authorities that may sign the server's certificate, as PEM, instead of this system's.",
+        "可以签发服务器证书的颁发机构（PEM），代替本系统信任的颁发机构。",
+    )  # fmt: skip
+    server_fingerprint: str | None = option(
+        "--server-fingerprint", "fingerprint", None,
+        "Fingerprint of the server's public key, which is then all that counts; remembered in "
+        "<data-dir>.",
+        "服务器公钥的指纹，设置后只以它为准；会记在 <data-dir> 中。",
+    )  # fmt: skip
     worker_name: str | None = option(
         "--worker-name", "name", None,
         "Name of this worker.",

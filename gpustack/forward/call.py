@@ -1,11 +1,23 @@
 """One request to an upstream, seen from both its ends: whoever asked, and the connection."""
 
 from enum import StrEnum
-from typing import Final, Protocol
+from typing import Final, NamedTuple, Protocol
 
 from gpustack.forward.http1 import Headers
 
 Address = tuple[str, int]
+
+
+class Peer(NamedTuple):
+    """The other end of a connection.
+
+    Attributes:
+        certificate: the one that it must show, as PEM; empty: bytes go in clear.
+    """
+
+    address: Address
+    certificate: str = ""
+
 
 #: Of a streamed body, kept so that a dead pooled connection can be replaced; more is sent once.
 _KEPT_BYTES: Final = 64 * 1024
@@ -25,15 +37,21 @@ class Carrier(Protocol):
 class Dialler(Protocol):
     """What a call needs of the pool that made it."""
 
-    def connect(self, address: Address, call: "Call") -> None: ...
+    def connect(self, peer: Peer, call: "Call") -> None: ...
 
 
 class Failure(StrEnum):
     """How far a call came that got no whole answer."""
 
     UNCONNECTED = "unconnected"  # no byte of the request has left
+    UNTRUSTED = "untrusted"  # nor here: the peer does not show the certificate that it must
     LOST = "lost"  # no byte of the answer has come
     BROKEN = "broken"  # the answer had begun
+
+    @property
+    def unsent(self) -> bool:
+        """Whether no byte of the request has left."""
+        return self in (Failure.UNCONNECTED, Failure.UNTRUSTED)
 
 
 class Sink(Protocol):
@@ -78,10 +96,10 @@ class Call:
     """
 
     __slots__ = (
-        "_address",
         "_chunked",
         "_kept",
         "_kept_bytes",
+        "_peer",
         "_pool",
         "connection",
         "done",
@@ -92,10 +110,10 @@ class Call:
     )
 
     def __init__(
-        self, pool: Dialler, address: Address, method: str, sink: Sink, *, chunked: bool
+        self, pool: Dialler, peer: Peer, method: str, sink: Sink, *, chunked: bool
     ) -> None:
         self._pool = pool
-        self._address = address
+        self._peer = peer
         self._chunked = chunked
         self._kept: list[bytes] | None = []
         self._kept_bytes = 0
@@ -152,7 +170,7 @@ class Call:
         if self._kept is None:
             return False
         self.connection = None
-        self._pool.connect(self._address, self)
+        self._pool.connect(self._peer, self)
         return True
 
     def answering(self) -> None:

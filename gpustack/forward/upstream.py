@@ -15,14 +15,16 @@ on a connection of their own.
 import asyncio
 import logging
 import socket
+import ssl
 from collections.abc import Awaitable, Callable, Mapping
 from types import MappingProxyType
 from typing import Final, cast
 
 import httptools
 
-from gpustack.forward.call import ONE_WRITE_BYTES, Address, Call, Failure, Sink
+from gpustack.forward.call import ONE_WRITE_BYTES, Address, Call, Failure, Peer, Sink
 from gpustack.forward.http1 import Headers, HttpError, framing, write_head
+from gpustack.lib import trust
 from gpustack.lib.net import is_loopback
 from gpustack.lib.platform import notice_dead_peer
 
@@ -39,9 +41,9 @@ _UNACKNOWLEDGED_S: Final = 45.0
 class Connection(asyncio.Protocol):
     """One connection to an upstream, lent to one call at a time."""
 
-    def __init__(self, pool: "Pool", address: Address) -> None:
+    def __init__(self, pool: "Pool", peer: Peer) -> None:
         self._pool = pool
-        self.address = address
+        self.peer = peer
         self.idle_since = 0.0
         self._transport: asyncio.Transport | None = None
         self._parser = httptools.HttpResponseParser(self)
@@ -106,7 +108,7 @@ class Connection(asyncio.Protocol):
         self._transport = cast("asyncio.Transport", transport)
         sock = transport.get_extra_info("socket")
         if sock is not None and sock.family != socket.AF_UNIX:
-            here = is_loopback(self.address[0])  # its kernel cannot vanish without ours
+            here = is_loopback(self.peer.address[0])  # its kernel cannot vanish without ours
             notice_dead_peer(sock, unacknowledged_s=None if here else _UNACKNOWLEDGED_S)
 
     def data_received(self, data: bytes) -> None:
@@ -250,7 +252,8 @@ class Pool:
         self._connect_timeout_s = connect_timeout_s
         self._idle_s = idle_s
         self._idle_max = idle_max
-        self._idle: dict[Address, list[Connection]] = {}
+        self._idle: dict[Peer, list[Connection]] = {}
+        self._untrusted: set[Peer] = set()
         self._timer: asyncio.TimerHandle | None = None
         self._connecting: set[asyncio.Task[None]] = set()
 
@@ -265,6 +268,7 @@ class Pool:
         repeatable: bool = False,
         body: bytes | None = b"",
         chunked: bool = False,
+        certificate: str = "",
     ) -> Call:
         """Send a request; the sink is called later, never from here.
 
@@ -273,8 +277,10 @@ class Pool:
             repeatable: twice does no more than once.
             body: whole, or None: it follows through the call's `write` and `finish`.
             chunked: how a body that follows is framed; without, `headers` has its length.
+            certificate: speak TLS, with nobody but who has this one (PEM).
         """
-        call = Call(self, address, method, sink, chunked=chunked)
+        peer = Peer(address, certificate)
+        call = Call(self, peer, method, sink, chunked=chunked)
         if body is not None:
             if body or method in ("POST", "PUT", "PATCH"):
                 headers = [*headers, (b"content-length", b"%d" % len(body))]
@@ -288,7 +294,7 @@ class Pool:
             call.put(head, keep=True)
             if body:
                 call.put(body, keep=True)
-        idle = self._idle.get(address)
+        idle = self._idle.get(peer)
         if idle and not repeatable:
             # Its server may close a kept connection just as the request leaves. One goes, as the
             # new one will be kept in its stead.
@@ -299,24 +305,29 @@ class Pool:
             if connection.usable:
                 connection.begin(call)
                 return call
-        self.connect(address, call)
+        self.connect(peer, call)
         return call
 
-    def connect(self, address: Address, call: Call) -> None:
+    def connect(self, peer: Peer, call: Call) -> None:
         """Begin `call` on a connection of its own."""
-        task = self._group.create_task(self._connect(address, call))
+        task = self._group.create_task(self._connect(peer, call))
         self._connecting.add(task)
         task.add_done_callback(self._connecting.discard)
 
-    async def _connect(self, address: Address, call: Call) -> None:
+    async def _connect(self, peer: Peer, call: Call) -> None:
+        connection, failure = None, Failure.UNCONNECTED
         try:
             async with asyncio.timeout(self._connect_timeout_s):
-                connection = await self._dial(address)
+                connection = await self._dial(peer)
+            self._untrusted.discard(peer)
+        except ssl.SSLError as error:
+            failure = Failure.UNTRUSTED
+            self._distrust(peer, error)
         except (OSError, TimeoutError):
-            connection = None
+            pass
         try:
             if connection is None:
-                call.fail(Failure.UNCONNECTED)
+                call.fail(failure)
             elif call.done:
                 self.put_back(connection)
             else:
@@ -325,20 +336,33 @@ class Pool:
             logger.exception("a request failed inside the gateway")
             call.fail(Failure.LOST)
 
-    async def _dial(self, address: Address) -> Connection:
-        def made() -> Connection:
-            return Connection(self, address)
+    def _distrust(self, peer: Peer, error: ssl.SSLError) -> None:
+        """Say so, once until it is better."""
+        if peer not in self._untrusted:
+            self._untrusted.add(peer)
+            logger.warning(
+                "%s:%d does not show the certificate with which it registered, so nothing is "
+                "sent there (%s): somebody stands between, or its agent is about to say its "
+                "new one",
+                *peer.address,
+                trust.reason(error),
+            )
 
-        if (door := self._doors.get(address)) is not None:
+    async def _dial(self, peer: Peer) -> Connection:
+        def made() -> Connection:
+            return Connection(self, peer)
+
+        if (door := self._doors.get(peer.address)) is not None:
             _, connection = await self._loop.create_unix_connection(made, sock=await door())
         else:
-            _, connection = await self._loop.create_connection(made, *address)
+            tls = trust.exactly(peer.certificate) if peer.certificate else None
+            _, connection = await self._loop.create_connection(made, *peer.address, ssl=tls)
         return connection
 
     def put_back(self, connection: Connection) -> None:
         if not connection.usable:
             return
-        idle = self._idle.setdefault(connection.address, [])
+        idle = self._idle.setdefault(connection.peer, [])
         if len(idle) >= self._idle_max:
             connection.drop()
             return
@@ -348,19 +372,19 @@ class Pool:
             self._timer = self._loop.call_later(self._idle_s / 4, self._sweep)
 
     def forget(self, connection: Connection) -> None:
-        idle = self._idle.get(connection.address)
+        idle = self._idle.get(connection.peer)
         if idle is not None and connection in idle:
             idle.remove(connection)
 
     def _sweep(self) -> None:
         self._timer = None
         old = self._loop.time() - self._idle_s
-        for address, idle in list(self._idle.items()):
+        for peer, idle in list(self._idle.items()):
             for connection in [c for c in idle if c.idle_since <= old]:
                 idle.remove(connection)
                 connection.drop()
             if not idle:
-                del self._idle[address]
+                del self._idle[peer]
         if self._idle:
             self._timer = self._loop.call_later(self._idle_s / 4, self._sweep)
 

@@ -258,6 +258,7 @@ class Inference:
             repeatable=True,  # a completion leaves nothing behind but its usage
             body=None if self._streamed else asked.body,
             chunked=self._exchange.header(b"content-length") is None,
+            certificate=target.certificate,
         )
         if self._streamed:
             self._exchange.resume()  # an instance that was tried before may have paused it
@@ -349,9 +350,12 @@ class Inference:
             self._exchange.abort()  # the client must see that the rest is missing
             self._settle(cut=True)
             return
-        if (failure is Failure.UNCONNECTED or not self._streamed) and self._send():
+        if (failure.unsent or not self._streamed) and self._send():
             return
-        if failure is Failure.UNCONNECTED:
+        if failure is Failure.UNTRUSTED:
+            why = "its worker does not show the certificate with which it registered"
+            refuse(self._exchange, Unavailable(f"The last instance was sent nothing: {why}."))
+        elif failure is Failure.UNCONNECTED:
             refuse(self._exchange, Unavailable("No instance of this model can be reached."))
         else:
             refuse(self._exchange, EngineUnreachable())

@@ -21,8 +21,8 @@ from gpustack.lib.role import Boot
 logger = logging.getLogger(__name__)
 
 _LOOK_S: Final = 0.02
-#: Between two looks at a certificate that could not be used.
-_RETRY_S: Final = 60.0
+#: Between two looks at the certificate's files: they may be renewed, or mended.
+_RENEWAL_S: Final = 60.0
 
 
 class Public:
@@ -46,7 +46,10 @@ class Public:
             self._tls.set_result(boot.socket("tls"))
 
     async def open_tls(self) -> None:
-        """Speak HTTPS, once there is a certificate for it; looks at each reload and by and by."""
+        """Speak HTTPS, once there is a certificate for it, with the newest one, until cancelled.
+
+        Looks at each reload and by and by.
+        """
         sock = await self._tls
         while not self.listener.draining:
             self._reloaded.clear()
@@ -58,9 +61,10 @@ class Public:
                 if certificate is not None:
                     self._certificate = certificate
                     await self.listener.listen(sock, tls=certificate.context)
+                    await certificate.follow(every_s=_RENEWAL_S)
                 return
             with suppress(TimeoutError):
-                async with asyncio.timeout(_RETRY_S):
+                async with asyncio.timeout(_RENEWAL_S):
                     await self._reloaded.wait()
 
     def _app(self) -> App:
@@ -72,14 +76,8 @@ class Public:
         self._settings = with_hot(self._settings, raw)
         self.listener.app = self._app()
         self._reloaded.set()
-        if self._certificate is None:
-            return
-        try:
+        if self._certificate is not None:
             self._certificate.reload()
-        except SettingsError as error:
-            logger.error("the certificate stays as it was: %s", error)  # noqa: TRY400
-        else:
-            logger.info("the certificate was read again")
 
     async def finish_inference(self, *, limit_s: float = 30.0) -> None:
         """Refuse new requests to models, and return when the open ones have ended.

@@ -2,11 +2,14 @@
 
 It knows the engines from the records that the agent keeps on disk, so it needs neither the agent
 nor the server, and an agent may die without cutting a stream.
+
+It speaks TLS with the certificate that the agent has made and told the server of, and nothing else.
 """
 
 import asyncio
 import logging
 import re
+import socket
 import time
 from pathlib import Path
 from typing import Final
@@ -14,7 +17,7 @@ from typing import Final
 import msgspec
 
 from gpustack.config.load import from_json
-from gpustack.errors import GPUStackError, Unauthorized, Unavailable
+from gpustack.errors import GPUStackError, SettingsError, Unauthorized, Unavailable
 from gpustack.forward.exchange import IGNORED, Exchange, Receiver
 from gpustack.forward.listener import Server
 from gpustack.forward.upstream import Address, Failure, Pool
@@ -22,6 +25,7 @@ from gpustack.gateway.life import end, tune_gc
 from gpustack.gateway.passing import Passing, is_endless, without_private
 from gpustack.gateway.probes import PROBE_PATHS, probe
 from gpustack.gateway.routes import RELAY as ROUTES
+from gpustack.gateway.tls import Certificate
 from gpustack.lib.decode import UNREADABLE
 from gpustack.lib.role import Boot, leave
 from gpustack.lib.secrets import same
@@ -35,6 +39,9 @@ _PRIVATE: Final = wire.PRIVATE_PREFIX.encode()
 _INSTANCE: Final = wire.INSTANCE_HEADER.encode()
 _REFUSED: Final = wire.RELAY_REFUSED_HEADER.encode()
 _NUMBER: Final = re.compile(rb"[0-9]{1,18}")
+#: Between two looks at the certificate, which the agent makes at its first start.
+_AWAITED_S: Final = 0.1
+_RENEWAL_S: Final = 1.0
 _MISS_EVERY_S: Final = 0.1  # strangers asking for made-up instances must not busy the disk
 
 
@@ -145,6 +152,22 @@ def _agent_away(exchange: Exchange, failure: Failure) -> None:
     exchange.respond_error(Unavailable("The agent is away; it should be back in a moment."))
 
 
+async def listen(server: Server, sock: socket.socket, file: Path) -> None:
+    """Answer at `sock` with the certificate in `file`, once it is there, until cancelled."""
+    said = ""
+    while True:
+        try:
+            certificate = Certificate(file, file)
+            break
+        except SettingsError as error:
+            if str(error) != said:
+                said = str(error)
+                logger.info("waiting for the agent's certificate: %s", error)
+        await asyncio.sleep(_AWAITED_S)
+    await server.listen(sock, tls=certificate.context)
+    await certificate.follow(every_s=_RENEWAL_S)
+
+
 async def serve(boot: Boot) -> None:
     """Serve until the launcher says otherwise; return when the last stream has ended."""
     settings = from_json(boot.settings)
@@ -152,7 +175,10 @@ async def serve(boot: Boot) -> None:
     async with asyncio.TaskGroup() as group:
         pool = Pool(group)
         server = Server(Relay(pool, Engines(settings.data_dir / "engines"), agent))
-        await server.listen(boot.socket("worker"))
+        file = settings.data_dir / wire.WORKER_CERTIFICATE_FILE
+        listening = group.create_task(listen(server, boot.socket("worker"), file))
         tune_gc()
-        await end(server, await leave())
+        reason = await leave()
+        listening.cancel()
+        await end(server, reason)
         pool.close()

@@ -30,16 +30,32 @@ class Target:
 
     Attributes:
         headers: what opens its engine; for an instance elsewhere also says to its relay which.
+        certificate: that its relay must show, as PEM; empty: bytes go in clear.
         rests_until: by the event loop's clock; it failed a moment ago.
     """
 
-    __slots__ = ("address", "failures", "headers", "instance_id", "last_resort", "rests_until")
+    __slots__ = (
+        "address",
+        "certificate",
+        "failures",
+        "headers",
+        "instance_id",
+        "last_resort",
+        "rests_until",
+    )
 
     def __init__(
-        self, instance_id: int, address: Address, headers: Headers, *, last_resort: bool
+        self,
+        instance_id: int,
+        address: Address,
+        headers: Headers,
+        *,
+        last_resort: bool,
+        certificate: str = "",
     ) -> None:
         self.instance_id = instance_id
         self.address = address
+        self.certificate = certificate
         self.headers = headers
         self.last_resort = last_resort
         self.failures = 0
@@ -69,6 +85,7 @@ class Routing:
         self._targets: dict[int, list[Target]] = {}
         self._known: dict[int, Target] = {}
         self._turn = 0
+        self._in_clear: set[int] = set()  # workers that the log has named
 
     def changed(self) -> None:
         """The tables have changed."""
@@ -103,13 +120,27 @@ class Routing:
                 self._known.pop(instance.id, None)
                 continue
             old = self._known.get(instance.id)
-            if old is not None and old.address == target.address:
+            self._warn(instance.worker_id, local, in_clear=not target.certificate)
+            same = old is not None and old.address == target.address
+            if old is not None and same and old.certificate == target.certificate:
                 target.failures, target.rests_until = old.failures, old.rests_until
             self._known[instance.id] = target
             found.append(target)
         if len(self._known) > 2 * len(tables.instances) + 16:
             self._known = {i: t for i, t in self._known.items() if i in tables.instances}
         return found
+
+    def _warn(self, worker_id: int | None, local: int | None, *, in_clear: bool) -> None:
+        """Say once of a worker elsewhere that bytes to it are not encrypted."""
+        if worker_id is None or worker_id == local or not in_clear:
+            self._in_clear.discard(worker_id or 0)
+        elif worker_id not in self._in_clear:
+            self._in_clear.add(worker_id)
+            logger.warning(
+                "requests to worker %d go in clear: it has registered no certificate, since its "
+                "version is older than this one; update it",
+                worker_id,
+            )
 
     def _local_worker(self) -> int | None:
         """The id of this host's own worker; its file appears when it has registered."""
@@ -130,16 +161,23 @@ def _target(tables: Tables, instance: Instance, local: int | None) -> Target | N
         return None
     secret = (instance.secret or "").encode()
     headers: Headers = [(b"authorization", b"Bearer " + secret)]
+    certificate = ""
     if instance.worker_id == local:
         address = ("127.0.0.1", instance.port)
     else:
         worker = tables.workers.get(instance.worker_id)
         if worker is None:
             return None
-        address = (worker.ip, worker.port)
+        address, certificate = (worker.ip, worker.port), worker.certificate
         headers.append((wire.INSTANCE_HEADER.encode(), b"%d" % instance.id))
     headers.append((b"host", f"{url_host(address[0])}:{address[1]}".encode()))
-    return Target(instance.id, address, headers, last_resort=instance.state == "unreachable")
+    return Target(
+        instance.id,
+        address,
+        headers,
+        last_resort=instance.state == "unreachable",
+        certificate=certificate,
+    )
 
 
 def not_ready(tables: Tables, model: Model) -> str:

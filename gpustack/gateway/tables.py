@@ -65,6 +65,7 @@ class Worker(msgspec.Struct, frozen=True):
     id: int
     ip: str
     port: int
+    certificate: str = ""
 
 
 class Snapshot(msgspec.Struct):

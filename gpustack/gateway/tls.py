@@ -1,5 +1,7 @@
-"""The certificate of the public HTTPS port."""
+"""The certificate that a listener shows: of the public HTTPS port, or of a relay."""
 
+import asyncio
+import logging
 import ssl
 from datetime import UTC, datetime
 from pathlib import Path
@@ -7,6 +9,8 @@ from typing import Final
 
 from gpustack.config.options import Settings
 from gpustack.errors import SettingsError
+
+logger = logging.getLogger(__name__)
 
 #: What OpenSSL calls it, and what it means.
 _TOO_SMALL: Final = "key is too small: want RSA of 2048 bits or more, or an elliptic curve"
@@ -21,6 +25,8 @@ _REASONS: Final = {
 class Certificate:
     """A certificate with its key, as their files were when they were last read well.
 
+    One file may hold both.
+
     Attributes:
         context: for listeners; each handshake is given the newest certificate.
 
@@ -30,6 +36,7 @@ class Certificate:
 
     def __init__(self, certfile: Path, keyfile: Path) -> None:
         self._certfile, self._keyfile = certfile, keyfile
+        self._read = self._stamps()
         self._newest = _context(certfile, keyfile)
         self.context = _context(certfile, keyfile)
         self.context.sni_callback = self._choose  # called without a server's name as well
@@ -64,19 +71,44 @@ class Certificate:
             return [f"{place}, since it is valid only from {begins:%Y-%m-%d %H:%M} UTC on"]
         return []
 
-    def reload(self) -> None:
-        """Read the files again, for connections to come.
+    async def follow(self, *, every_s: float) -> None:
+        """Take in new files as they appear, for connections to come, until cancelled."""
+        while True:
+            await asyncio.sleep(every_s)
+            if self._stamps() != self._read:
+                self.reload()
 
-        Raises:
-            SettingsError: they are not what they should be; all stays as it was.
-        """
-        self._newest = _context(self._certfile, self._keyfile)
+    def reload(self) -> None:
+        """Read the files again, for connections to come. What cannot be used is said, and left."""
+        self._read = self._stamps()
+        try:
+            self._newest = _context(self._certfile, self._keyfile)
+        except SettingsError as error:
+            logger.error("the certificate stays as it was: %s", error)  # noqa: TRY400
+        else:
+            logger.info("the certificate was read again")
+
+    def _stamps(self) -> list[tuple[int, int, int] | None]:
+        """What changes with the files, whether they are written anew or replaced."""
+        return [_stamp(self._certfile), _stamp(self._keyfile)]
 
     def _choose(self, connection: ssl.SSLObject, _name: str | None, _: ssl.SSLContext) -> None:
         connection.context = self._newest
 
 
+def _stamp(file: Path) -> tuple[int, int, int] | None:
+    try:
+        its = file.stat()
+    except OSError:
+        return None
+    return its.st_mtime_ns, its.st_ino, its.st_size
+
+
 def _context(certfile: Path, keyfile: Path) -> ssl.SSLContext:
+    place = f"--ssl-certfile {certfile}, --ssl-keyfile {keyfile}"
+    if certfile == keyfile:
+        place = str(certfile)
+
     def no_password() -> str:
         raise SettingsError(f"--ssl-keyfile: {keyfile} is encrypted, and nobody is there to ask")
 
@@ -89,8 +121,7 @@ def _context(certfile: Path, keyfile: Path) -> ssl.SSLContext:
         why = _REASONS.get(
             error.reason, "want a certificate with its chain and its key, both as PEM"
         )
-        raise SettingsError(f"--ssl-certfile {certfile}, --ssl-keyfile {keyfile}: {why}") from None
+        raise SettingsError(f"{place}: {why}") from None
     except OSError as error:
-        place = f"--ssl-certfile {certfile}, --ssl-keyfile {keyfile}"
         raise SettingsError(f"{place}: {error.strerror}") from None
     return context

@@ -157,10 +157,15 @@ class JoinTokenCreated(JoinToken):
 
     Attributes:
         server_url: where workers reach the server, as far as it knows.
+        server_fingerprint: of the key with which the server speaks TLS; None: it does not.
+        server_is_vouched_for: the server's system has an authority that vouches for its
+            certificate at `server_url`, so workers' systems may have it too.
     """
 
     value: str
     server_url: str
+    server_fingerprint: str | None = None
+    server_is_vouched_for: bool = False
 
 
 class ClusterToken(Schema):

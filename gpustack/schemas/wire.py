@@ -28,4 +28,7 @@ CREDENTIALS = "credentials"
 API_KEYS = "api-keys"  # each user's own, without what is secret of them
 KINDS = frozenset({MODELS, INSTANCES, WORKERS, MODEL_FILES, CREDENTIALS, API_KEYS})
 
+#: In a worker's data directory: its key and certificate, as PEM. Written by the agent alone.
+WORKER_CERTIFICATE_FILE = "worker_certificate.pem"
+
 SESSION_COOKIE = "gpustack_session"

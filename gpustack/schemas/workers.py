@@ -76,7 +76,12 @@ class WorkerReport(WorkerStatus, Body):
 
 
 class Registration(Body):
-    """Body of POST /v2/workers/register, and of PUT /v2/workers/{id}/registration."""
+    """Body of POST /v2/workers/register, and of PUT /v2/workers/{id}/registration.
+
+    Attributes:
+        certificate: what its port shows, as PEM; empty: it speaks no TLS. Once there was one, an
+            empty one changes nothing.
+    """
 
     name: OneLine = Field(min_length=1, max_length=253)
     hostname: str = ""
@@ -89,6 +94,7 @@ class Registration(Body):
     system_reserved_ram_bytes: int = Field(0, ge=0)
     system_reserved_vram_bytes: int = Field(0, ge=0)
     version: str = ""
+    certificate: str = Field("", max_length=2048)
 
 
 class Registered(Schema):
@@ -129,6 +135,8 @@ class Worker(Schema):
 
     Attributes:
         ip: where gateways elsewhere reach it: a name where --advertise-address gives one.
+        certificate: what its port shows, as PEM, and whoever connects asks for; empty: what goes to
+            it is not encrypted.
         labels: the worker's own and the administrators' together; models select by these.
         admin_labels: those from administrators alone.
         generation: counts what administrators changed.
@@ -148,5 +156,6 @@ class Worker(Schema):
     state_message: str = ""
     status: WorkerStatus | None = None
     version: str = ""
+    certificate: str = ""
     created_at: Time
     updated_at: Time

@@ -14,9 +14,17 @@ from gpustack.lib.locks import take_over
 from gpustack.worker import metrics
 from gpustack.worker.api import Api
 from gpustack.worker.attempts import Memory
+from gpustack.worker.certificate import OwnCertificate
 from gpustack.worker.control import Control
 from gpustack.worker.desired import Desired
-from gpustack.worker.enrolment import Enrolment, changeable, registration
+from gpustack.worker.enrolment import (
+    Enrolment,
+    changeable,
+    load_membership,
+    registration,
+    server_trust,
+    worker_name,
+)
 from gpustack.worker.file_orders import FileOrders
 from gpustack.worker.file_reports import FileReports
 from gpustack.worker.launches import Launches
@@ -69,30 +77,36 @@ async def run(
     Args:
         sockets: where it listens: agent, for its API, and worker-metrics.
     """
-    about = registration(settings, server_url)
+    name = worker_name(settings)
+    certificate = OwnCertificate(settings.data_dir, name)
+    about = registration(settings, server_url, certificate.pem)
     rhythm = rhythm or Rhythm()
+    fingerprint, tls = server_trust(settings, load_membership(settings.data_dir), server_url)
     enrolment = Enrolment(
         data_dir=settings.data_dir,
         server_url=server_url,
         join_token=join_token,
         registration=about,
+        fingerprint=fingerprint,
+        tls=tls,
         refused_s=rhythm.refused_s,
     )
     async with asyncio.TaskGroup() as group:
         told = FileReports()
-        files = _files(group, settings, about.name, told)
-        control = _control(group, settings, files, about.name, policy, limits)
+        files = _files(group, settings, name, told)
+        control = _control(group, settings, files, name, policy, limits)
         orders = FileOrders(group, files, told, lambda: control.sources)
-        session = Session(server_url, enrolment, control, orders, rhythm)
+        session = Session(enrolment, control, orders, rhythm)
         talking = group.create_task(session.run())
         logs = keep_logs(settings.log_dir, lambda: control.instances)
         tasks = [group.create_task(control.run()), talking, group.create_task(logs)]
+        tasks.append(group.create_task(_keep(certificate, enrolment, every_s=rhythm.look_s)))
         answering = _answering(sockets, settings, enrolment, control)
         tasks += [group.create_task(each) for each in answering]
 
         def reload(raw: dict[str, Any]) -> None:
             now = load.with_hot(settings, raw)
-            enrolment.tell(about.model_copy(update=changeable(now)))
+            enrolment.tell(**changeable(now))
 
         reason = await leave(reload)
         logger.info("leaving: %s", reason)
@@ -104,6 +118,17 @@ async def run(
             task.cancel()
         orders.let_go()
         control.let_go()
+
+
+async def _keep(certificate: OwnCertificate, enrolment: Enrolment, *, every_s: float) -> None:
+    """See to it that the relay finds the certificate, and the server knows it, until cancelled."""
+    while True:
+        await asyncio.sleep(every_s)
+        try:
+            if certificate.look():
+                enrolment.tell(certificate=certificate.pem)
+        except OSError as error:  # a full disk, perhaps: the relay has what it has read
+            logger.warning("this worker's certificate cannot be kept: %s", error)
 
 
 def _answering(

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import socket
+import ssl
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from gpustack.errors import (
     Unauthorized,
     Unavailable,
 )
-from gpustack.lib import platform
+from gpustack.lib import platform, trust
 from gpustack.lib.backoff import delay_s
 from gpustack.lib.net import address_towards, interface_address
 from gpustack.lib.secrets import new_secret
@@ -31,12 +32,17 @@ logger = logging.getLogger(__name__)
 
 
 class Membership(BaseModel):
-    """`<data-dir>/worker_credential`, mode 0600: who this worker is to its cluster."""
+    """`<data-dir>/worker_credential`, mode 0600: who this worker is to its cluster.
+
+    Attributes:
+        server_fingerprint: of the server's key, where that is how the server is known.
+    """
 
     worker_id: int
     credential: str
     agent_secret: str
     cluster_id: str
+    server_fingerprint: str | None = None
 
 
 def load_membership(data_dir: Path) -> Membership | None:
@@ -51,28 +57,56 @@ def load_membership(data_dir: Path) -> Membership | None:
 
 
 def save_membership(data_dir: Path, membership: Membership) -> None:
-    platform.write_private(data_dir / "worker_credential", membership.model_dump_json())
+    platform.write_private(
+        data_dir / "worker_credential", membership.model_dump_json(exclude_none=True)
+    )
 
 
-def registration(settings: Settings, server_url: str) -> Registration:
+def server_trust(
+    settings: Settings, known: Membership | None, server_url: str
+) -> tuple[str | None, ssl.SSLContext | None]:
+    """The fingerprint by which the server is known, if any, and whom to believe that it is it.
+
+    A fingerprint that was given at an earlier start holds until the options say otherwise.
+
+    Raises:
+        SettingsError: --server-ca is of no use.
+    """
+    wanted = settings.server_fingerprint
+    if wanted is None and settings.server_ca is None and known is not None:
+        wanted = known.server_fingerprint
+    if not server_url.startswith("https:"):
+        return wanted, None
+    return wanted, trust.of_server(settings.server_ca, wanted)
+
+
+def registration(settings: Settings, server_url: str, certificate: str) -> Registration:
     """What this machine says of itself. The run id is new at each call: one per agent life.
 
     Raises:
         SettingsError: the interface whose address it should say has none.
     """
-    # A name in another encoding than the system's must not keep the machine out.
-    hostname = socket.gethostname().encode(errors="replace").decode()
     return Registration(
-        name=settings.worker_name or hostname or "worker",
-        hostname=hostname,
+        name=worker_name(settings),
+        hostname=_hostname(),
         machine_id=platform.machine_id(),
         boot_id=platform.boot_id(),
         run_id=new_secret(),
         ip=_ip(settings, server_url),
         port=settings.worker_port,
         version=__version__,
+        certificate=certificate,
         **changeable(settings),
     )
+
+
+def worker_name(settings: Settings) -> str:
+    return settings.worker_name or _hostname() or "worker"
+
+
+def _hostname() -> str:
+    """A name in another encoding than the system's must not keep the machine out."""
+    return socket.gethostname().encode(errors="replace").decode()
 
 
 def _ip(settings: Settings, server_url: str) -> str:
@@ -111,12 +145,15 @@ class Enrolment:
         server_url: str,
         join_token: str,
         registration: Registration,
+        fingerprint: str | None = None,
+        tls: ssl.SSLContext | None = None,
         first_s: float = 0.1,
         limit_s: float = 10.0,
         refused_s: float = 60.0,
     ) -> None:
         self.registration = registration
         self.membership = load_membership(data_dir)
+        self._fingerprint, self._tls = fingerprint, tls
         self._data_dir = data_dir
         self._url = server_url
         self._token = join_token
@@ -125,10 +162,14 @@ class Enrolment:
         self._registered_again = False
         self._foreign: str | None = None
 
-    def tell(self, registration: Registration) -> None:
+    def tell(self, **said: Any) -> None:
         """This worker says something else of itself from now on."""
-        self.registration = registration
+        self.registration = self.registration.model_copy(update=said)
         self.news.set()
+
+    def client(self, credential: str) -> AgentClient:
+        """To call the server with."""
+        return AgentClient(self._url, credential, tls=self._tls)
 
     def secret(self) -> str | None:
         """What the server shows when it calls this worker."""
@@ -162,7 +203,7 @@ class Enrolment:
         if known is None:
             return self._accept(await self._register())
         try:
-            async with AgentClient(self._url, known.credential) as client:
+            async with self.client(known.credential) as client:
                 answer = await client.announce(known.worker_id, self.registration)
             self._registered_again = False  # all is well: the next loss may be mended too
             return self._accept(answer)
@@ -179,7 +220,7 @@ class Enrolment:
         return self._accept(answer)
 
     async def _register(self) -> Registered:
-        async with AgentClient(self._url, self._token) as client:
+        async with self.client(self._token) as client:
             return await client.register(self.registration)
 
     def _accept(self, answer: Registered) -> Membership:
@@ -197,6 +238,7 @@ class Enrolment:
             credential=credential,
             agent_secret=answer.agent_secret,
             cluster_id=answer.cluster_id,
+            server_fingerprint=self._fingerprint,
         )
         if membership != known:
             save_membership(self._data_dir, membership)

@@ -43,13 +43,11 @@ class Session:
 
     def __init__(
         self,
-        url: str,
         enrolment: Enrolment,
         control: Control,
         orders: FileOrders,
         rhythm: Rhythm,
     ) -> None:
-        self._url = url
         self._enrolment = enrolment
         self._control = control
         self._orders = orders
@@ -76,14 +74,14 @@ class Session:
         try:
             async with (
                 asyncio.timeout(limit_s),
-                AgentClient(self._url, self._membership.credential) as client,
+                self._enrolment.client(self._membership.credential) as client,
             ):
                 await self._control.reports.send_pending(client)
         except (TimeoutError, GPUStackError) as error:
             logger.info("the server did not hear our last reports: %r", error)
 
     async def _until_refused(self, membership: Membership) -> GPUStackError:
-        async with AgentClient(self._url, membership.credential) as client:
+        async with self._enrolment.client(membership.credential) as client:
             try:
                 await in_own_task(self._talk(client, membership.worker_id))
             except* (Unauthorized, Forbidden) as refusals:

@@ -38,6 +38,7 @@ PROMISED = [
 #: Our parsers are finer than the contract's types.
 TYPES = {
     "secret": "str", "host": "str", "duration": "str", "count": "int", "database": "url",
+    "fingerprint": "str",
     "name": "str", "origins": "list", "tokens": "list", "labels": "list", "arguments": "list",
     "networks": "list", "reserved": "json",
 }  # fmt: skip

@@ -84,6 +84,14 @@ def test_secrets_are_never_printed(tmp_path: Path) -> None:
         ({"gateway_concurrency": "\u00b2"}, {}, ["--gateway-concurrency", "whole number"]),
         ({"worker_labels": ["x" * 5000]}, {}, ["--worker-labels", "key=value"]),
         ({"ssl_certfile": "/dev/null"}, {}, ["--ssl-certfile needs --ssl-keyfile"]),
+        ({"server_fingerprint": "sha256:12"}, {}, ["--server-fingerprint", "64 hexadecimal"]),
+        (
+            {"server_ca": "/dev/null", "server_fingerprint": f"sha256:{'0a' * 32}"},
+            {},
+            ["--server-ca and --server-fingerprint: give one"],
+        ),
+        ({"server_ca": "/nowhere"}, {}, ["--server-ca: /nowhere is not there"]),
+        ({"server_ca": "/etc/passwd"}, {}, ["--server-ca: /etc/passwd is no certificate"]),
         (
             {},
             {"GPUSTACK_SSL_KEYFILE": "/dev/null"},

@@ -14,6 +14,8 @@ from typing import Any
 import httpx
 import pytest
 
+from gpustack.lib import trust
+from gpustack.schemas.wire import WORKER_CERTIFICATE_FILE
 from tests.e2e.conftest import MakeNode
 from tests.support.node import Node
 from tests.support.ports import free_ports
@@ -240,11 +242,14 @@ def test_every_role_that_is_killed_is_started_again(make_node: MakeNode) -> None
 
         soon(replaced, f"{role} is started again")
 
+    own = trust.certificate_in((node.data_dir / WORKER_CERTIFICATE_FILE).read_text())
+    tls = trust.exactly(own)
+
     def works() -> bool:
         with node.http() as http:
             try:
                 workers = http.get("/v2/workers").json()["items"]
-                healthy = httpx.get(f"http://127.0.0.1:{node.worker_port}/healthz", trust_env=False)
+                healthy = httpx.get(f"https://127.0.0.1:{node.worker_port}/healthz", verify=tls)
             except httpx.HTTPError:
                 return False
             return [one["state"] for one in workers] == ["ready"] and healthy.status_code == 200

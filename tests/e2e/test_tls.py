@@ -13,6 +13,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from gpustack.lib import trust
 from tests.e2e.conftest import MakeNode
 from tests.support.certificate import Issued, issue
 from tests.support.node import Node
@@ -76,6 +77,27 @@ def test_a_session_opened_over_https_never_travels_without(node: Node, issued: I
         lied = plain.post("/auth/login", data=form, headers={"X-GPUStack-Scheme": "https"})
         assert "; Secure" not in lied.headers["set-cookie"]
         assert safe.get("/v2/users/me").json()["username"] == "admin"
+
+
+def test_commands_believe_the_server_whose_key_they_were_told(node: Node, issued: Issued) -> None:
+    def listed(*words: str) -> subprocess.CompletedProcess[str]:
+        url = f"https://127.0.0.1:{node.tls_port}"
+        clean = {name: said for name, said in os.environ.items() if name != "GPUSTACK_DATA_DIR"}
+        return subprocess.run(
+            [sys.executable, "-m", "gpustack", "models", "list", "--server-url", url, *words],
+            env=clean | {"GPUSTACK_API_KEY": node.api_key()},
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+
+    said = listed("--server-fingerprint", trust.fingerprint(issued.der))
+    assert (said.returncode, said.stderr) == (0, "")
+    refused = listed()
+    assert refused.returncode == 1
+    assert "give the authority's certificate as --server-ca" in refused.stderr
+    assert "Traceback" not in refused.stderr
 
 
 async def test_a_new_certificate_is_taken_at_a_hangup_and_a_broken_one_is_not(

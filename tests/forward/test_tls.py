@@ -19,6 +19,7 @@ from gpustack.gateway.tls import Certificate
 from gpustack.lib.platform import listen
 from tests.support.certificate import Issued, expire, issue
 from tests.support.raw_http import Client, raw
+from tests.support.wait import eventually
 
 Handle = Callable[[Exchange], Awaitable[None]]
 
@@ -29,12 +30,14 @@ def issued(tmp_path_factory: pytest.TempPathFactory) -> Issued:
 
 
 @asynccontextmanager
-async def serving(issued: Issued, handle: Handle) -> AsyncIterator[tuple[int, Server]]:
+async def serving(
+    issued: Issued, handle: Handle, certificate: Certificate | None = None
+) -> AsyncIterator[tuple[int, Server]]:
     async with asyncio.TaskGroup() as group:
         server = Server(asynchronous(handle, group), sweep_s=0.02)
         sock = listen("127.0.0.1", 0)
         port: int = sock.getsockname()[1]
-        certificate = Certificate(issued.certfile, issued.keyfile)
+        certificate = certificate or Certificate(issued.certfile, issued.keyfile)
         await server.listen(sock, tls=certificate.context)
         try:
             yield port, server
@@ -211,6 +214,39 @@ async def test_who_speaks_no_tls_is_let_go_without_a_word_in_the_log(
         assert (await client.reply()).status == 200
         await client.close()
     assert caplog.records == []
+
+
+async def test_files_that_are_renewed_are_noticed_by_themselves(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    issued, other = issue(tmp_path), issue(tmp_path, "other")
+    certificate = Certificate(issued.certfile, issued.keyfile)
+    anything = ssl.create_default_context()
+    anything.check_hostname, anything.verify_mode = False, ssl.CERT_NONE
+
+    async def answer(exchange: Exchange) -> None:
+        exchange.respond(200)
+
+    async with serving(issued, answer, certificate) as (port, _), asyncio.TaskGroup() as group:
+        following = group.create_task(certificate.follow(every_s=0.01))
+
+        async def shown() -> bool:
+            _, writer = await asyncio.open_connection("127.0.0.1", port, ssl=anything)
+            found: bytes = writer.get_extra_info("ssl_object").getpeercert(binary_form=True)
+            writer.transport.abort()
+            return found == other.der
+
+        assert not await shown()
+        issued.certfile.write_bytes(other.certfile.read_bytes())  # its key has yet to come
+
+        async def said() -> bool:
+            return "the certificate stays as it was" in caplog.text
+
+        await eventually(said, "half a renewal is named")
+        assert not await shown()
+        issued.replace_by(other)
+        await eventually(shown, "the new certificate is shown")
+        following.cancel()
 
 
 def test_files_that_are_no_certificate_are_named_in_one_sentence(

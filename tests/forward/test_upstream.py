@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
+from gpustack.forward.call import Peer
 from gpustack.forward.fetch import Answer, FetchFailed, fetch, open_lines
 from gpustack.forward.http1 import Headers, end_to_end
 from gpustack.forward.upstream import Call, Connection, Failure, Pool
@@ -389,7 +390,7 @@ async def test_only_another_host_is_given_up_for_not_acknowledging(
 ) -> None:
     async with running() as engine, pooled() as pool:
         _, connection = await asyncio.get_running_loop().create_connection(
-            lambda: Connection(pool, (address, 1)), "127.0.0.1", engine.port
+            lambda: Connection(pool, Peer((address, 1))), "127.0.0.1", engine.port
         )
         assert connection._transport is not None
         sock = connection._transport.get_extra_info("socket")

@@ -14,8 +14,10 @@ from typing import Any
 import pytest
 
 from gpustack.config.load import load, to_json
+from gpustack.lib import trust
 from gpustack.lib.platform import listen
 from gpustack.lib.role import Boot
+from gpustack.worker.certificate import OwnCertificate
 from tests.gateway.test_relay import to, write_record
 from tests.support.data_plane import AUTH, fill
 from tests.support.openai_engine import DONE, content_events, running, streaming
@@ -215,9 +217,10 @@ async def test_a_gateway_takes_over_from_another_under_load_without_losing_a_req
 async def test_a_relay_process_serves_and_ends(data_dir: Path) -> None:
     async with running(streaming(50, 0.005)) as engine, running() as agent:
         write_record(data_dir / "engines", 5, engine.port, "s5")
+        tls = trust.exactly(OwnCertificate(data_dir, "w").pem)
         async with role("relay", data_dir, {"agent_port": agent.port}, "worker") as relay:
-            await ready(relay.port)
-            client = await Client.to(relay.port)
+            async with asyncio.timeout(30):  # the socket was open before the process
+                client = Client(*await asyncio.open_connection("127.0.0.1", relay.port, ssl=tls))
             client.ask("POST", CHAT, to(5, "s5"), STREAM)
             await client.head()
             relay.orphan()

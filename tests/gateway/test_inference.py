@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 
 from gpustack.gateway.inference import HELD_BYTES, Inference
+from gpustack.worker.certificate import OwnCertificate
+from tests.gateway.test_relay import secured, write_record
 from tests.support.data_plane import AUTH, fill, gateway
 from tests.support.openai_engine import (
     DONE,
@@ -209,6 +211,43 @@ async def test_an_instance_elsewhere_is_reached_through_its_relay(tmp_path: Path
             assert (await gate.chat()).status == 200
             assert relay.seen[0].headers["x-gpustack-instance"] == "5"
             assert relay.seen[0].headers["authorization"] == "Bearer secret-5"
+
+
+@pytest.mark.parametrize("shows_its_own", [True, False])
+async def test_an_instance_elsewhere_is_sent_requests_if_its_relay_shows_its_certificate(
+    tmp_path: Path, shows_its_own: bool
+) -> None:
+    folder = tmp_path / "elsewhere"
+    shown, other = OwnCertificate(folder, "w"), OwnCertificate(tmp_path / "other", "w")
+    registered = shown if shows_its_own else other
+    async with watch_server() as server, running() as engine, secured(folder, 1) as port:
+        write_record(folder, 5, engine.port, "secret-5")
+        fill(server)
+        server.put("workers", worker(2, port, certificate=registered.pem))
+        server.put("model-instances", instance(5, 1, 40000, worker_id=2))
+        async with gateway(tmp_path, server.port) as gate:
+            reply = await gate.chat()
+            if shows_its_own:
+                assert (reply.status, len(engine.seen)) == (200, 1)
+            else:
+                assert (reply.status, engine.seen) == (503, [])
+                said = "does not show the certificate with which it registered"
+                assert said in error(reply)["message"]
+
+
+async def test_of_a_worker_without_a_certificate_it_is_said_once_that_bytes_go_in_clear(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with watch_server() as server, running() as relay:
+        fill(server)
+        server.put("workers", worker(2, relay.port))
+        server.put("model-instances", instance(5, 1, 40000, worker_id=2))
+        async with gateway(tmp_path, server.port) as gate:
+            for count in (1, 2):
+                server.put("model-instances", instance(5, 1, 40000 + count, worker_id=2))
+                assert (await gate.chat()).status == 200
+    said = [one for one in caplog.messages if "requests to worker 2 go in clear" in one]
+    assert len(said) == 1
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -12,10 +13,14 @@ import pytest
 from gpustack.forward.listener import Server
 from gpustack.forward.upstream import Pool
 from gpustack.gateway.relay import ROUTES, Engines, Relay
+from gpustack.gateway.relay import listen as answer_at
+from gpustack.lib import trust
 from gpustack.lib.platform import listen, write_private
 from gpustack.schemas.engines import EngineRecord
+from gpustack.schemas.wire import WORKER_CERTIFICATE_FILE
+from gpustack.worker.certificate import OwnCertificate
 from tests.support.openai_engine import DONE, content_events, running, streaming
-from tests.support.raw_http import Client, ask
+from tests.support.raw_http import Client, ask, raw
 from tests.support.wait import eventually
 
 
@@ -190,3 +195,60 @@ async def test_a_client_that_leaves_closes_the_engines_connection(tmp_path: Path
         client.abort()
         async with asyncio.timeout(0.5):
             await engine.left.wait()
+
+
+@asynccontextmanager
+async def secured(folder: Path, agent_port: int) -> AsyncIterator[int]:
+    """The relay as its role has it: it waits for a certificate, and follows it."""
+    async with asyncio.TaskGroup() as group:
+        pool = Pool(group)
+        server = Server(Relay(pool, Engines(folder), ("127.0.0.1", agent_port)))
+        sock = listen("127.0.0.1", 0)
+        task = group.create_task(answer_at(server, sock, folder / WORKER_CERTIFICATE_FILE))
+        try:
+            yield sock.getsockname()[1]
+        finally:
+            task.cancel()
+            server.close()
+            pool.close()
+
+
+async def over_tls(port: int, certificate: str) -> Client:
+    tls = trust.exactly(certificate)
+    return Client(*await asyncio.open_connection("127.0.0.1", port, ssl=tls))
+
+
+async def test_it_speaks_tls_alone_once_the_agent_has_made_a_certificate(tmp_path: Path) -> None:
+    async with running() as engine, secured(tmp_path, engine.port) as port:
+        write_record(tmp_path, 5, engine.port, "s5")
+        early = asyncio.ensure_future(raw(port, b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"))
+        own = OwnCertificate(tmp_path, "w")
+        client = await over_tls(port, own.pem)
+        client.ask("GET", "/healthz")
+        assert (await client.reply()).status == 200
+        client.ask("POST", CHAT, to(5, "s5"), b'{"a":1}')
+        assert (await client.reply()).status == 200
+        await client.close()
+        assert b"HTTP" not in await early
+        assert len(engine.seen) == 1
+
+
+async def test_a_certificate_that_was_made_anew_is_shown_to_who_comes_now(tmp_path: Path) -> None:
+    own = OwnCertificate(tmp_path, "w")
+    async with running() as engine, secured(tmp_path, engine.port) as port:
+        kept = await over_tls(port, own.pem)
+        (tmp_path / WORKER_CERTIFICATE_FILE).unlink()
+        assert own.look()
+
+        async def shown() -> bool:
+            try:
+                client = await over_tls(port, own.pem)
+            except ssl.SSLError:
+                return False
+            await client.close()
+            return True
+
+        await eventually(shown, "the new certificate is shown")
+        kept.ask("GET", "/healthz")  # what was open goes on
+        assert (await kept.reply()).status == 200
+        await kept.close()

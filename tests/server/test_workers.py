@@ -2,6 +2,7 @@
 
 import asyncio
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from gpustack.server.db import tables
 from gpustack.server.db.database import current_revision
 from gpustack.server.heartbeats import Heartbeats
+from gpustack.worker.certificate import OwnCertificate
 from tests.server.conftest import JOIN, Plane, registration
 from tests.support.wait import eventually
 
@@ -36,6 +38,30 @@ async def test_labels_are_the_workers_and_the_administrators_together_and_theirs
     assert shown["labels"] == {"zone": "b", "disk": "slow", "team": "x"}
     shown = (await admin.put(path, json={"labels": {}})).json()
     assert shown["labels"] == {"zone": "c", "disk": "slow"}
+
+
+async def test_a_certificate_is_shown_and_goes_only_for_another(
+    plane: Plane, tmp_path: Path
+) -> None:
+    """Who leaves it out could else have all that goes to the worker sent in clear."""
+    admin, joiner = await plane.admin(), await plane.client(JOIN)
+    first, second = (OwnCertificate(tmp_path / name, "w").pem for name in "ab")
+    body = registration("w")
+    agent = (await joiner.post("/v2/workers/register", json=body)).json()
+    worker = await plane.client(agent["credential"])
+    path = f"/v2/workers/{agent['worker_id']}"
+    for given, shown in (("", ""), (first, first), ("", first), (second, second), ("", second)):
+        told = body if given == "" else body | {"certificate": given}
+        assert (await worker.put(f"{path}/registration", json=told)).status_code == 200
+        assert (await admin.get(path)).json()["certificate"] == shown
+    again = await joiner.post("/v2/workers/register", json=body)  # nor for its lack
+    assert (again.status_code, (await admin.get(path)).json()["certificate"]) == (200, second)
+    worker = await plane.client(again.json()["credential"])
+    for nonsense in ("nonsense", "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n"):
+        told = body | {"certificate": nonsense}
+        refused = await worker.put(f"{path}/registration", json=told)
+        assert refused.status_code == 422
+        assert "certificate: want one certificate as PEM" in refused.json()["message"]
 
 
 async def test_a_model_is_placed_where_an_administrators_label_allows_it(plane: Plane) -> None:

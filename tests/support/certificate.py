@@ -68,8 +68,11 @@ def expire(issued: Issued, ended: datetime) -> Issued:
     key = serialization.load_pem_private_key(issued.keyfile.read_bytes(), None)
     assert isinstance(key, ec.EllipticCurvePrivateKey)
     old = x509.load_pem_x509_certificate(issued.certfile.read_bytes())
-    made = x509.CertificateBuilder(
+    builder = x509.CertificateBuilder(
         old.issuer, old.subject, key.public_key(), old.serial_number, ended - timedelta(1), ended
-    ).sign(key, hashes.SHA256())
+    )
+    for one in old.extensions:
+        builder = builder.add_extension(one.value, one.critical)
+    made = builder.sign(key, hashes.SHA256())
     issued.certfile.write_bytes(made.public_bytes(serialization.Encoding.PEM))
     return issued

@@ -7,6 +7,7 @@ import asyncio
 import json
 import re
 import socket
+import ssl
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
@@ -24,6 +25,7 @@ from gpustack.schemas.model_files import (
 )
 from gpustack.schemas.models import ModelSource, VersionSpec
 from gpustack.schemas.workers import Heartbeat, Registration, WorkerStatus
+from tests.support.wait import settled
 
 JOIN_TOKEN = "join-token-of-the-cluster"
 BEAT_S = 1.0
@@ -322,15 +324,18 @@ def _fail(exchange: Exchange, status: int) -> None:
 
 
 @asynccontextmanager
-async def listening(plane: ControlPlane) -> AsyncIterator[Server]:
+async def listening(
+    plane: ControlPlane, tls: ssl.SSLContext | None = None
+) -> AsyncIterator[Server]:
     """`plane` answers on its port until the context ends; again in a later one."""
     async with asyncio.TaskGroup() as group:
         server = Server(asynchronous(plane.answer, group))
         sock = socket.socket()
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind(("127.0.0.1", plane.port))
-        await server.listen(sock)
+        await server.listen(sock, tls=tls)
         try:
             yield server
         finally:
+            await settled()
             server.close()

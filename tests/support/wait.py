@@ -26,3 +26,12 @@ def soon(check: Callable[[], T], what: str, *, within_s: float = 10) -> T:
             return found
         assert time.monotonic() < deadline, f"not within {within_s:g} s: {what}"
         time.sleep(0.01)
+
+
+async def settled() -> None:
+    """Return once the loop has handled what has come in, such as the ends of connections.
+
+    A connection that ends during its handshake is known to nobody who could wait for it.
+    """
+    for _ in range(20):
+        await asyncio.sleep(0)

@@ -48,15 +48,15 @@ def test_one_without_an_address_is_told_those_with_one(name: str, lack: str) -> 
 @pytest.mark.parametrize("name", [name for name, addresses in REAL.items() if addresses])
 def test_a_worker_registers_with_it(name: str) -> None:
     for url, towards in (("http://127.0.0.1", "127.0.0.1"), ("http://192.0.2.1", None)):
-        said = registration(load({"worker_ifname": name}, {}).settings, url)
+        said = registration(load({"worker_ifname": name}, {}).settings, url, "")
         assert said.ip == REAL[name][0]
-        plain = registration(load({}, {}).settings, url)
+        plain = registration(load({}, {}).settings, url, "")
         assert towards in (None, plain.ip)
 
 
 def test_an_advertised_address_wins_over_it() -> None:
     given = {"worker_ifname": "nope0", "advertise_address": "10.9.8.7"}
-    assert registration(load(given, {}).settings, "http://127.0.0.1").ip == "10.9.8.7"
+    assert registration(load(given, {}).settings, "http://127.0.0.1", "").ip == "10.9.8.7"
 
 
 def test_an_interface_that_is_not_there_is_an_error_before_anything_starts(tmp_path: Path) -> None:
@@ -77,4 +77,4 @@ def test_an_interface_that_is_not_there_is_an_error_before_anything_starts(tmp_p
 def test_one_that_vanished_since_is_said_in_one_sentence() -> None:
     settings = replace(load({}, {}).settings, worker_ifname="nope0")
     with pytest.raises(SettingsError, match=r"^--worker-ifname: network interface 'nope0' is not"):
-        registration(settings, "http://127.0.0.1")
+        registration(settings, "http://127.0.0.1", "")

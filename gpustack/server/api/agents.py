@@ -5,6 +5,7 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
 from gpustack.errors import NotFound, Unavailable
+from gpustack.lib import trust
 from gpustack.lib.net import url_host
 from gpustack.server.db.tables import Worker
 
@@ -35,12 +36,14 @@ async def asked(
     """
     import httpx  # rarely needed, and it would make every start slower
 
-    url = f"http://{url_host(worker.ip)}:{worker.port}{path}"
+    tls = trust.exactly(worker.certificate) if worker.certificate else None
+    scheme = "http" if tls is None else "https"
+    url = f"{scheme}://{url_host(worker.ip)}:{worker.port}{path}"
     headers = {"Authorization": f"Bearer {worker.agent_secret}"}
     timeout = httpx.Timeout(CONNECT_TIMEOUT_S, read=read_s)
     try:
         async with (
-            httpx.AsyncClient(timeout=timeout, trust_env=False) as client,
+            httpx.AsyncClient(timeout=timeout, trust_env=False, verify=tls or False) as client,
             client.stream(method, url, params=query, content=body, headers=headers) as answer,
         ):
             if answer.status_code != httpx.codes.OK:
@@ -51,4 +54,6 @@ async def asked(
             yield answer
     except httpx.HTTPError as error:
         why = str(error) or type(error).__name__  # time-outs carry no text
+        if trust.tls_error(error) is not None:
+            why = "it does not show the certificate with which it registered"
         raise Unavailable(f"worker {worker.name} cannot be reached: {why}") from None

@@ -1,13 +1,17 @@
 """/v2/join-tokens and /v2/cluster-token: with what workers register."""
 
 import asyncio
+import logging
+import ssl
 from collections.abc import Sequence
+from urllib.parse import urlsplit
 
 from fastapi import APIRouter, Request, Response
 from sqlmodel import col, select
 
 from gpustack.config.options import Settings
 from gpustack.errors import NotFound, Unavailable, raises
+from gpustack.lib import trust
 from gpustack.lib.net import address_towards, url_host
 from gpustack.schemas.base import Page
 from gpustack.schemas.credentials import (
@@ -24,6 +28,8 @@ from gpustack.server.auth.principals import Admin
 from gpustack.server.db import join_tokens
 from gpustack.server.db.database import ReadSession, find
 from gpustack.server.db.tables import Credential
+
+logger = logging.getLogger(__name__)
 
 router = APIRouter(prefix="/v2", tags=["join-tokens"], route_class=Repeated)
 
@@ -51,10 +57,8 @@ async def create_join_token(
     """
     async with db.write() as session:
         row, value = await join_tokens.create(session, wanted)
-    server_url = await asyncio.to_thread(reached_at, request.app.state.settings)
-    return JoinTokenCreated.model_validate(
-        row.model_dump() | {"value": value, "server_url": server_url}
-    )
+    about = await asyncio.to_thread(about_server, request.app.state.settings)
+    return JoinTokenCreated.model_validate(row.model_dump() | {"value": value} | about)
 
 
 @router.delete("/join-tokens/{token_id}", status_code=204)
@@ -92,7 +96,30 @@ def reached_at(settings: Settings) -> str:
         return settings.server_external_url.rstrip("/")
     bound = None if settings.host in {"0.0.0.0", "::"} else settings.host
     host = settings.advertise_address or bound or address_towards(None)
+    if settings.ssl_certfile is not None:
+        return f"https://{url_host(host)}:{settings.tls_port}"
     return f"http://{url_host(host)}:{settings.port}"
+
+
+def about_server(settings: Settings) -> dict[str, object]:
+    """Where workers reach this server, and how they know it. Blocks."""
+    url = reached_at(settings)
+    told: dict[str, object] = {"server_url": url}
+    if settings.ssl_certfile is None:
+        return told
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    try:
+        context.load_cert_chain(settings.ssl_certfile, settings.ssl_keyfile, lambda: "")
+        pem = settings.ssl_certfile.read_text("latin-1")
+        first = pem.partition(ssl.PEM_FOOTER)[0] + ssl.PEM_FOOTER
+        told["server_fingerprint"] = trust.fingerprint(
+            ssl.PEM_cert_to_DER_cert(first[first.index(ssl.PEM_HEADER) :])
+        )
+    except (OSError, ValueError) as error:  # the gateway has said what is wrong with it
+        logger.warning("no fingerprint for workers: %s", type(error).__name__)
+        return told
+    host = urlsplit(url).hostname or ""
+    return told | {"server_is_vouched_for": trust.is_vouched_for(context, host)}
 
 
 async def _shown(session: ReadSession, ids: Sequence[int]) -> dict[int, JoinToken]:

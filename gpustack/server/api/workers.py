@@ -1,12 +1,14 @@
 """/v2/workers: the machines that run agents."""
 
+import ssl
 from typing import Any
 
 from fastapi import APIRouter, Response
 from sqlalchemy.exc import IntegrityError
 from sqlmodel import select
 
-from gpustack.errors import BadRequest, Conflict, Contended, Forbidden, raises
+from gpustack.errors import BadRequest, Conflict, Contended, Forbidden, Invalid, raises
+from gpustack.lib import trust
 from gpustack.lib.secrets import digest, new_secret
 from gpustack.schemas import wire
 from gpustack.schemas.base import Page
@@ -119,6 +121,7 @@ async def register_worker(
     db: Db, heartbeats: Beats, joiner: Joiner, body: Registration
 ) -> Registered:
     """Join the cluster, with its token or a join token; answers the worker's own credential."""
+    _check_certificate(body)
     secret = new_secret() + new_secret()
     try:
         async with db.write() as session:
@@ -189,6 +192,7 @@ async def announce_worker(
     has its id, but not its boot. One that was started anew is let in once the old life is silent.
     """
     _own(worker, worker_id)
+    _check_certificate(body)
     async with db.write() as session:
         row = await get(session, tables.Worker, worker_id)
         here = (row.machine_id, row.boot_id) == (body.machine_id, body.boot_id)
@@ -242,6 +246,15 @@ async def report_worker(
                 await set_devices(session, worker_id, body.gpu_devices)
         heartbeats.facts[worker_id] = facts
     return Response(status_code=204)
+
+
+def _check_certificate(body: Registration) -> None:
+    """Gateways could not reach a worker whose certificate is none."""
+    if body.certificate:
+        try:
+            trust.exactly(body.certificate)
+        except ssl.SSLError:
+            raise Invalid("certificate: want one certificate as PEM") from None
 
 
 def _own(worker: Principal, worker_id: int) -> None:

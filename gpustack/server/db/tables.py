@@ -243,6 +243,7 @@ class Worker(Watched, table=True):
     system_reserved_ram_bytes: int = Field(sa_type=BigInteger)
     system_reserved_vram_bytes: int = Field(sa_type=BigInteger)
     version: str = _text()
+    certificate: str = _text(2048)  # what its port shows, as PEM; empty: it speaks no TLS
     # status: what it has; a change is news
     facts: dict[str, Any] | None = _json_or_null()
     # status: what is measured, without a revision

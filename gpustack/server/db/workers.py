@@ -1,5 +1,6 @@
 """What a worker says of itself, its silence, and all that shows either."""
 
+import logging
 from typing import Any
 
 from sqlmodel import col, select
@@ -8,12 +9,18 @@ from gpustack.server.db.database import WriteSession, touch
 from gpustack.server.db.instances import on_worker
 from gpustack.server.db.tables import Model, Worker
 
+logger = logging.getLogger(__name__)
+
 
 async def is_back(session: WriteSession, worker: Worker, said: dict[str, Any]) -> None:
     """The worker registers again, and says this of itself."""
     if worker.ip != said["ip"]:
         for instance in await on_worker(session, worker.key()[1]):
             touch(session, instance)
+    if worker.certificate and not said["certificate"]:
+        # Whoever stands between could else have all that goes there sent in clear.
+        logger.warning("worker %s registers without its certificate: it is kept", worker.name)
+        said = said | {"certificate": worker.certificate}
     worker.sqlmodel_update(said)
     await set_silent(session, worker, silent=False)
 
