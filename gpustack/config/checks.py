@@ -48,6 +48,30 @@ def contradictions(settings: Settings, origins: Origins) -> Iterator[str]:
     is_derived = settings.server_external_url is not None and settings.oidc_redirect_uri is None
     for together in (_OIDC[:-1] if is_derived else _OIDC, _SAML, _SP_KEY, _TLS):
         yield from _incomplete(settings, origins, together)
+    yield from _ways_in(settings, origins)
+    if (
+        settings.enable_cors
+        and settings.allow_credentials
+        and (anybody := {"*", "null"} & {*settings.allow_origins})
+    ):
+        yield (
+            f"{_name('allow_credentials', origins)} needs --allow-origins that are named: with "
+            f"{min(anybody)} any page could act as the user who is signed in"
+        )
+    if settings.server_ca is not None and settings.server_fingerprint is not None:
+        yield (
+            f"{_name('server_ca', origins)} and {_name('server_fingerprint', origins)}: give one "
+            "of them, since a fingerprint counts alone"
+        )
+    if not settings.is_server and settings.token is None:
+        yield (
+            f"{_name('server_url', origins)} needs --token: the content of <data-dir>/token on "
+            "the server"
+        )
+
+
+def _ways_in(settings: Settings, origins: Origins) -> Iterator[str]:
+    """Of the options of identity providers."""
     if settings.oidc_issuer is not None and not _is_safe(settings.oidc_issuer):
         got = without_credentials(settings.oidc_issuer)
         yield (
@@ -69,25 +93,6 @@ def contradictions(settings: Settings, origins: Origins) -> Iterator[str]:
         if parts.path != path or parts.query or parts.fragment:
             got = without_credentials(url)
             yield f"{_name(key, origins)}: want <server-url>{path}, got {got}"
-    if (
-        settings.enable_cors
-        and settings.allow_credentials
-        and (anybody := {"*", "null"} & {*settings.allow_origins})
-    ):
-        yield (
-            f"{_name('allow_credentials', origins)} needs --allow-origins that are named: with "
-            f"{min(anybody)} any page could act as the user who is signed in"
-        )
-    if settings.server_ca is not None and settings.server_fingerprint is not None:
-        yield (
-            f"{_name('server_ca', origins)} and {_name('server_fingerprint', origins)}: give one "
-            "of them, since a fingerprint counts alone"
-        )
-    if not settings.is_server and settings.token is None:
-        yield (
-            f"{_name('server_url', origins)} needs --token: the content of <data-dir>/token on "
-            "the server"
-        )
 
 
 def _is_safe(issuer: str) -> bool:
@@ -112,14 +117,7 @@ def unusable(settings: Settings, origins: Origins) -> Iterator[str]:
             yield f"{_name(key, origins)}: {path} {why}"
         elif path is not None and path.is_dir():
             yield f"{_name(key, origins)}: {path} is a directory, want a file"
-    if settings.server_ca is not None and settings.server_ca.is_file():
-        from gpustack.lib import trust  # no other start needs it so early
-
-        try:
-            trust.authorities(settings.server_ca)
-        except OSError:
-            place = _name("server_ca", origins)
-            yield f"{place}: {settings.server_ca} is no certificate of an authority: want PEM"
+    yield from _authority(settings, origins)
     if settings.gateway_mode in ("in-cluster", "external"):
         yield (
             f"{_name('gateway_mode', origins)}: {settings.gateway_mode} needs the support of "
@@ -143,6 +141,17 @@ def unusable(settings: Settings, origins: Origins) -> Iterator[str]:
             f"{_name('data_dir', origins)}: {there} is not writable for this user: give a "
             "--data-dir that is, or run as a user who may write there"
         )
+
+
+def _authority(settings: Settings, origins: Origins) -> Iterator[str]:
+    if settings.server_ca is not None and settings.server_ca.is_file():
+        from gpustack.lib import trust  # no other start needs it so early
+
+        try:
+            trust.authorities(settings.server_ca)
+        except OSError:
+            place = _name("server_ca", origins)
+            yield f"{place}: {settings.server_ca} is no certificate of an authority: want PEM"
 
 
 def _embedded(settings: Settings, origins: Origins) -> Iterator[str]:
