@@ -95,8 +95,8 @@ def unusable(settings: Settings, origins: Origins) -> Iterator[str]:
         try:
             trust.authorities(settings.server_ca)
         except OSError:
-            place = _name("server_ca", origins)
-            yield f"{place}: {settings.server_ca} is no certificate of an authority: want PEM"
+            name = _name("server_ca", origins)
+            yield f"{name}: {settings.server_ca} is no certificate of an authority: want PEM"
     if settings.gateway_mode in ("in-cluster", "external"):
         yield (
             f"{_name('gateway_mode', origins)}: {settings.gateway_mode} needs the support of "
