@@ -150,8 +150,8 @@ def _authority(settings: Settings, origins: Origins) -> Iterator[str]:
         try:
             trust.authorities(settings.server_ca)
         except OSError:
-            place = _name("server_ca", origins)
-            yield f"{place}: {settings.server_ca} is no certificate of an authority: want PEM"
+            name = _name("server_ca", origins)
+            yield f"{name}: {settings.server_ca} is no certificate of an authority: want PEM"
 
 
 def _embedded(settings: Settings, origins: Origins) -> Iterator[str]:
