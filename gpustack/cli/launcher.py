@@ -347,7 +347,7 @@ class Launcher:
         """Write who runs here into the lock file, for `restart` and the command line."""
         said = {
             "pid": os.getpid(),
-            "port": self._settings.port if self._settings.is_server else None,
+            "port": self._sockets.own()[1] if self._settings.is_server else None,
             "life": self._life,
             "ready": self._ready,
             "refusals": self._refusals,
@@ -361,7 +361,8 @@ class Launcher:
         if not self._settings.is_server:
             return f"worker of {self._settings.server_url}"
         places = []
-        for name, scheme in (("public", "http"), ("tls", "https")):
+        public = "https" if self._settings.https_alone else "http"
+        for name, scheme in (("public", public), ("tls", "https")):
             if name in self._sockets:
                 host, port = self._sockets.reachable(name)
                 places.append(f"{scheme}://{url_host(host)}:{port}")
@@ -371,7 +372,7 @@ class Launcher:
         """Say when the node answers, and where."""
         self._notifier.status("starting")
         own = None if self._settings.is_server else self._settings.data_dir
-        address = self._sockets.reachable("worker" if own else "public")
+        address = self._sockets.reachable("worker") if own else self._sockets.own()
         while not await _answers(*address, own):  # noqa: ASYNC110  another process's readiness
             await asyncio.sleep(0.05)
         self._ready = True

@@ -116,7 +116,7 @@ class Plan:
                 "join_token": join_token,
             }
             if settings.gateway_mode == "disabled":
-                yield self._role("server+gateway", ("public", "tls", "metrics"), **secrets)
+                yield self._role("server+gateway", ("public", "tls", "own", "metrics"), **secrets)
             else:
                 yield self._role("server", ("api", "metrics"), **secrets)
                 yield from self._gateways(secrets["gateway_credential"])
@@ -133,7 +133,7 @@ class Plan:
         for index in range(processes):
             yield self._role(
                 "gateway",
-                ("public", "tls"),
+                ("public", "tls", "own"),
                 counts,
                 index=index,
                 processes=processes,
@@ -153,8 +153,8 @@ class Plan:
 
 def _own_url(settings: Settings, sockets: Sockets) -> str:
     """Where this node's agent reaches its server."""
-    name = "public" if settings.gateway_mode == "disabled" else "api"
-    host, port = sockets.reachable(name)
+    is_one = settings.gateway_mode == "disabled"
+    host, port = sockets.own() if is_one else sockets.reachable("api")
     return f"http://{url_host(host)}:{port}"
 
 

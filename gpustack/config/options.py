@@ -83,6 +83,11 @@ class Settings(WorkerOptions, ServerOptions, CommonOptions):
         return self.server_url is not None or not self.disable_worker
 
     @property
+    def https_alone(self) -> bool:
+        """Whether --port is the HTTPS port, so that nothing is served to others without TLS."""
+        return self.ssl_certfile is not None and self.port == self.tls_port
+
+    @property
     def labels(self) -> dict[str, str]:
         return dict(label.split("=", 1) for label in self.worker_labels)
 

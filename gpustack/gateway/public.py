@@ -41,9 +41,13 @@ class Public:
 
     async def listen(self, boot: Boot) -> None:
         """Answer at the public sockets among those that the launcher gave."""
-        await self.listener.listen(boot.socket("public"))
-        if "tls" in boot.sockets:
-            self._tls.set_result(boot.socket("tls"))
+        if "own" in boot.sockets:
+            plain, tls = "own", "public"
+        else:
+            plain, tls = "public", "tls"
+        await self.listener.listen(boot.socket(plain))
+        if tls in boot.sockets:
+            self._tls.set_result(boot.socket(tls))
 
     async def open_tls(self) -> None:
         """Speak HTTPS, once there is a certificate for it, with the newest one, until cancelled.

@@ -190,3 +190,32 @@ def test_what_cannot_be_served_is_an_error_at_once(
             assert node.process.wait(20) == 1
             assert why in node.log.read_text()
             assert "Traceback" not in node.log.read_text()
+
+
+@pytest.mark.parametrize("mode", ["embedded", "disabled"])
+def test_one_port_alone_speaks_https_where_both_options_name_it(
+    make_node: MakeNode, issued: Issued, mode: str
+) -> None:
+    """As with --port 443, which is what --tls-port is by default."""
+    node = make_node(*issued.options, "--gateway-mode", mode)
+    place = node.arguments.index("--port") + 1
+    node.arguments[place] = str(node.tls_port)
+    node.start()
+    sentence = f"serving at https://127.0.0.1:{node.tls_port}\n"
+    soon(lambda: sentence in node.log.read_text(), "it says where it serves")
+    with https(node, issued) as safe:
+        assert safe.get("/v2/models").status_code == 200
+        plain = f"http://127.0.0.1:{node.tls_port}/healthz"
+        with pytest.raises(httpx.HTTPError):
+            httpx.get(plain, trust_env=False)
+
+        def joined() -> bool:
+            items = safe.get("/v2/workers").json()["items"]
+            return [one["state"] for one in items] == ["ready"]
+
+        soon(joined, "its own worker is there")
+    listed = subprocess.run(
+        [sys.executable, "-m", "gpustack", "workers", "list", "--data-dir", str(node.data_dir)],
+        capture_output=True, text=True, timeout=60, check=True,
+    )  # fmt: skip
+    assert "ready" in listed.stdout

@@ -144,7 +144,8 @@ async def test_every_list_knows_pages_and_can_be_sorted_by_each_of_its_words(pla
         page = (await admin.get(path)).json()
         assert set(page) == {"items", "pagination"}, path
         search = {"search": "m"} if "search" in asked else {}
-        for word in words(asked["sort_by"]):
+        # Start options are no rows: they come in the order of the help.
+        for word in words(asked["sort_by"]) if path != "/v2/settings" else ():
             for sort_by in (word, f"-{word}"):
                 answer = await admin.get(path, params={"sort_by": sort_by} | search)
                 assert answer.status_code == 200, (path, sort_by, answer.text)
