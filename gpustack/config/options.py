@@ -6,6 +6,7 @@ the fields of `Settings`; an option that is not a field does not exist.
 
 import dataclasses
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -85,6 +86,13 @@ class Settings(WorkerOptions, ServerOptions, CommonOptions):
     @property
     def has_worker(self) -> bool:
         return self.server_url is not None or not self.disable_worker
+
+    @property
+    def gateways(self) -> int:
+        """How many processes of this server's node are gateways, or a gateway too."""
+        if self.gateway_mode == "disabled":
+            return 1
+        return min(self.gateway_concurrency, os.cpu_count() or 1)
 
     @property
     def labels(self) -> dict[str, str]:
