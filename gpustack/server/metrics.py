@@ -102,7 +102,10 @@ def _watches(feed: Feed, gateways: int) -> list[Metric]:
         gateways: how many this node has.
     """
     connected = min(feed.watches_of(GATEWAY), gateways)
-    states = {("connected",): connected, ("disconnected",): gateways - connected}
+    states: dict[tuple[str, ...], float] = {
+        ("connected",): connected,
+        ("disconnected",): gateways - connected,
+    }
     return [
         Metric("gpustack_watches", "Watch streams that are open here.", (), {(): feed.watches}),
         Metric(

@@ -22,7 +22,7 @@ LISTENS = "0A"
 AT_ONCE = 400
 PLACES = ("server", "gateway", "relay", "agent", "server-metrics", "worker-metrics")
 #: What somebody sends who would like to pass for this machine's own user.
-FORGED = (
+FORGED: tuple[dict[str, str], ...] = (
     {},
     {"Host": "127.0.0.1"},
     {"Host": "localhost", "X-Forwarded-For": "127.0.0.1"},

@@ -1,6 +1,7 @@
 """Who may call which route of every application of a real node: `tests/support/access.txt`."""
 
 import json
+import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -90,8 +91,9 @@ async def staged(node: Node, instance: int) -> AsyncIterator[Stage]:
     """Principals and objects on a real node; the agent's and an engine's secret are shown too."""
     async with httpx.AsyncClient(base_url=node.url, trust_env=False, timeout=30) as http:
         secrets = {"agent": agent_secret(node), "instance": instance_secret(node, instance)}
-        names = ("local_admin", "gateway_credential", "token")
-        stage = await Stage(http, *(secret(node, name) for name in names), own=secrets).build()
+        admin, gateway = secret(node, "local_admin"), secret(node, "gateway_credential")
+        stage = Stage(http, admin=admin, gateway=gateway, join=secret(node, "token"), own=secrets)
+        await stage.build()
         stage.ids |= {"id": MODEL, "any": "v1/chat/completions"}
         yield stage
 
@@ -187,6 +189,77 @@ def test_this_machine_needs_no_login_unless_something_foreign_stands_between(
         assert http.get(path, headers={"Origin": local_node.url}).status_code == 200
         for headers in foreign:
             assert http.get(path, headers=headers).status_code == 401, headers
+
+
+#: What comes to this machine's port from this machine, and is not its user: what it is -> version
+#: of HTTP, and the head's lines. HERE stands for the address and port.
+FOREIGN = {
+    "a reverse proxy that says nothing but HTTP/1.0, as nginx does by default": (
+        "1.0", ["Host: HERE", "Connection: close"],
+    ),
+    "a reverse proxy that passes the public name on": ("1.1", ["Host: gpustack.example"]),
+    "a reverse proxy that names the client": ("1.1", ["Host: HERE", "X-Forwarded-For: 192.0.2.1"]),
+    "a reverse proxy that names itself": ("1.1", ["Host: HERE", "Via: 1.1 proxy"]),
+    "a client who says that it is this machine": (
+        "1.1", ["Host: HERE", "X-Forwarded-For: 127.0.0.1", "X-Real-IP: 127.0.0.1"],
+    ),
+    "a client who says that a gateway says so": (
+        "1.1",
+        ["Host: gpustack.example", "X-GPUStack-Gateway: x", "X-GPUStack-Local: 1",
+         "X-GPUStack-Peer: 127.0.0.1"],
+    ),
+    "a form or script on another site's page": (
+        "1.1", ["Host: HERE", "Origin: http://evil.example", "Sec-Fetch-Site: cross-site"],
+    ),
+    "an image on another site's page": ("1.1", ["Host: HERE", "Sec-Fetch-Site: cross-site"]),
+    "a page in a sandbox": ("1.1", ["Host: HERE", "Origin: null"]),
+    "a page that another program here serves": (
+        "1.1", ["Host: HERE", "Origin: http://127.0.0.1:3000", "Sec-Fetch-Site: same-site"],
+    ),
+    "a name that was rebound to this machine": (
+        "1.1", ["Host: evil.example", "Origin: http://evil.example", "Sec-Fetch-Site: same-origin"],
+    ),
+    "a host that is two": ("1.1", ["Host: HERE", "Host: evil.example"]),
+}  # fmt: skip
+ASKED = (
+    ("GET", "/v2/users/me"), ("GET", "/v1/models"), ("POST", "/v2/api-keys"),
+    ("POST", "/v1/chat/completions"), ("DELETE", "/v2/api-keys/1"),
+)  # fmt: skip
+
+
+def asked(node: Node, method: str, target: str, version: str, lines: list[str]) -> int:
+    """The status that the public port answers with to a head of exactly these lines."""
+    here = f"127.0.0.1:{node.port}"
+    body = b'{"name": "made by a stranger"}' if method == "POST" else b""
+    head = [f"{method} {target} HTTP/{version}", *lines, f"Content-Length: {len(body)}"]
+    raw = "\r\n".join([*head, "Content-Type: text/plain", "", ""]).replace("HERE", here)
+    with socket.create_connection(("127.0.0.1", node.port), timeout=10) as connection:
+        connection.sendall(raw.encode() + body)
+        return int(connection.makefile("rb").readline().split()[1])
+
+
+@pytest.mark.parametrize("who", FOREIGN)
+def test_nothing_foreign_passes_for_this_machines_user_at_the_public_port(
+    local_node: Node, who: str
+) -> None:
+    version, lines = FOREIGN[who]
+    here = f"http://127.0.0.1:{local_node.port}"
+    for method, path in ASKED:
+        for target in (path, here + path):  # a proxy's clients say the whole address
+            status = asked(local_node, method, target, version, lines)
+            assert status in {400, 401, 403}, (method, target, status)
+    with local_node.http() as http:
+        assert http.get("/v2/api-keys").json()["items"] == []
+
+
+def test_this_machines_user_is_let_in_by_such_a_head(local_node: Node) -> None:
+    """Else the test above would show nothing."""
+    assert asked(local_node, "GET", "/v2/users/me", "1.1", ["Host: HERE"]) == 200
+    own_page = ["Host: HERE", "Origin: http://HERE", "Sec-Fetch-Site: same-origin"]
+    assert asked(local_node, "GET", "/v1/models", "1.1", own_page) == 200
+    # Let in, and told of the body: 422 of the server, 400 of the gateway.
+    assert asked(local_node, "POST", "/v2/users", "1.1", own_page) == 422
+    assert asked(local_node, "POST", "/v1/chat/completions", "1.1", own_page) == 400
 
 
 def _own(listed: object) -> list[tuple[str, str]]:

@@ -108,9 +108,24 @@ def test_what_is_made_through_one_is_seen_and_served_through_the_other(
     soon(lambda: chat(two, key, "shared") == 200, "it is served by the other node", within_s=5)
 
 
+class Person:
+    """An administrator with a key, made through one node."""
+
+    def __init__(self, node: Node, admin: httpx.Client, stack: ExitStack) -> None:
+        self.facts: dict[str, Any] = {"username": f"u{time.monotonic_ns()}", "is_admin": True}
+        made = admin.post("/v2/users", json=self.facts | {"password": "Of-a-test-1"})
+        self.id = int(made.json()["id"])
+        browser = stack.enter_context(node.http(None))
+        form = {"username": self.facts["username"], "password": "Of-a-test-1"}
+        assert browser.post("/auth/login", json=form).is_success
+        key = browser.post("/v2/api-keys", json={"name": "k"}).json()
+        self.key_id, self.key = int(key["id"]), str(key["value"])
+        self.http: httpx.Client = browser
+
+
 #: What an administrator does, whom it concerns, and what is refused from then on: path -> status.
 #: The first path is a gateway's own to answer, the second the server's.
-Change = Callable[[httpx.Client, "Person"], httpx.Response]
+Change = Callable[[httpx.Client, Person], httpx.Response]
 TAKEN: dict[str, tuple[Change, dict[str, int]]] = {
     "a key that is revoked": (
         lambda admin, one: one.http.delete(f"/v2/api-keys/{one.key_id}"),
@@ -135,20 +150,6 @@ TAKEN: dict[str, tuple[Change, dict[str, int]]] = {
         {"/v2/users": 403},
     ),
 }
-
-
-class Person:
-    """An administrator with a key, made through one node."""
-
-    def __init__(self, node: Node, admin: httpx.Client, stack: ExitStack) -> None:
-        self.facts = {"username": f"u{time.monotonic_ns()}", "is_admin": True}
-        made = admin.post("/v2/users", json=self.facts | {"password": "Of-a-test-1"})
-        self.id = made.json()["id"]
-        browser = stack.enter_context(node.http(None))
-        form = {"username": self.facts["username"], "password": "Of-a-test-1"}
-        assert browser.post("/auth/login", json=form).is_success
-        key = browser.post("/v2/api-keys", json={"name": "k"}).json()
-        self.key_id, self.key, self.http = key["id"], key["value"], browser
 
 
 def refused_after_s(cluster: Cluster, take: Change, refused: dict[str, int]) -> float:

@@ -14,6 +14,7 @@ from urllib.parse import urlencode
 
 import httpx
 import pytest
+import sqlmodel
 from pydantic import BaseModel
 from sqlalchemy import inspect, select
 from sqlmodel import SQLModel
@@ -170,7 +171,7 @@ async def read(db: Database) -> Rows:
     async with db.read() as session:
         connection = await session.connection()
         for mapper in SQLModel._sa_registry.mappers:
-            table = mapper.local_table
+            table: Any = mapper.local_table
             if table.name in ITS_OWN:
                 continue
             key = [one.name for one in inspect(mapper.class_).primary_key]
@@ -237,7 +238,7 @@ class Try:
         return found
 
     async def all_of(
-        self, route: str, who: str, make: Callable[[Stage], Any], all_names: Mapping[str, Any]
+        self, route: str, who: str, make: Callable[[Stage], Any], all_names: dict[str, Any]
     ) -> list[str]:
         """Each name one by one, all at once, and all as a query. What has changed that may not."""
         answer = await self.ask(route, who, make(self.stage))
@@ -272,11 +273,15 @@ class Try:
 async def tried(plane: Plane) -> Try:
     stage = await Stage(await plane.through_gateway(), LOCAL_ADMIN, GATEWAY, JOIN).build()
     async with plane.db.read() as session:
-        users = (await session.exec(select(tables.User.id, tables.User.username))).all()
-    ids = {name.split("-")[0]: id for id, name in users}
+        users = (await session.exec(sqlmodel.select(tables.User))).all()
+    ids = {user.username.split("-")[0]: user.id or 0 for user in users}
     stage.ids["user_id"] = ids["other"]
     mine = {"user": ids["belongs"], "other": ids["other"]}
     return Try(plane, stage, mine | {"worker": stage.ids["worker_id"], "worker2": 2})
+
+
+def _nothing(_: Stage) -> Any:
+    return {}
 
 
 def writes(plane: Plane) -> dict[str, bool]:
@@ -289,7 +294,7 @@ def writes(plane: Plane) -> dict[str, bool]:
     }
 
 
-def bodies(valid: Any, more: Mapping[str, Any]) -> Iterator[Any]:
+def bodies(valid: dict[str, Any], more: dict[str, Any]) -> Iterator[Any]:
     """A valid body with more in it: at its top, and in each object of a list of its."""
     yield valid | more
     for name, value in valid.items():
@@ -308,7 +313,7 @@ async def test_no_field_of_any_body_changes_what_it_may_not(plane: Plane, who: s
         assert route in VALID or not takes_body, (
             f"{route} needs a valid body in VALID, or in BODIES"
         )
-        make = VALID.get(route, lambda _: {})
+        make = VALID.get(route, _nothing)
         answer = await one.ask(route, who, make(one.stage) | all_names)
         if answer.status_code in {401, 403}:  # nobody looked at the body
             found = await one.wrong(route, who)
