@@ -163,7 +163,7 @@ class Stage:
             answer = await self.http.get("/v2/users/me", headers=CARRIERS["api-key"](ended))
             return answer.status_code == 401
 
-        await eventually(is_over, "the key with an end has ended")
+        await eventually(is_over, "the key with an end has ended", within_s=30)
         return self
 
     def _show(self) -> None:
@@ -293,7 +293,7 @@ class Stage:
             found = await self._make(f"/v2/models/{ran['id']}/instances", None, method="GET")
             return next((one["id"] for one in found["items"] if one["worker_id"]), None)
 
-        self.ids["instance_id"] = await eventually(placed, "the instance is placed")
+        self.ids["instance_id"] = await eventually(placed, "the instance is placed", within_s=30)
 
     async def doomed(self, kind: str) -> Any:
         """The id of a new object, for a route that ends it."""
@@ -327,7 +327,7 @@ class Stage:
             found = await self._make(path, None, method="GET")
             return next((one["id"] for one in found["items"]), None)
 
-        return await eventually(made, "the model has an instance")
+        return await eventually(made, "the model has an instance", within_s=30)
 
 
 def _username(name: str) -> str:
