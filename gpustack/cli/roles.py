@@ -128,7 +128,7 @@ class Plan:
 
     def _gateways(self, credential: str) -> Iterator[Role]:
         settings = self._settings()
-        processes = min(settings.gateway_concurrency, os.cpu_count() or 1)
+        processes = settings.gateways
         counts = _shared_table(settings.data_dir)
         for index in range(processes):
             yield self._role(

@@ -6,6 +6,7 @@ the fields of `Settings`; an option that is not a field does not exist.
 
 import dataclasses
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -86,6 +87,13 @@ class Settings(WorkerOptions, ServerOptions, CommonOptions):
     def https_alone(self) -> bool:
         """Whether --port is the HTTPS port, so that nothing is served to others without TLS."""
         return self.ssl_certfile is not None and self.port == self.tls_port
+
+    @property
+    def gateways(self) -> int:
+        """How many processes of this server's node are gateways, or a gateway too."""
+        if self.gateway_mode == "disabled":
+            return 1
+        return min(self.gateway_concurrency, os.cpu_count() or 1)
 
     @property
     def labels(self) -> dict[str, str]:

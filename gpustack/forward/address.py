@@ -28,7 +28,7 @@ FORWARDING: Final = frozenset(
         b"cdn-loop",
     }
 )
-
+_FORWARDED: Final = b"x-forwarded"
 
 #: What is looked at; twice the same of these says nothing that could be relied on.
 _ONCE: Final = frozenset({b"host", b"origin", b"sec-fetch-site"})
@@ -36,7 +36,7 @@ _ONCE: Final = frozenset({b"host", b"origin", b"sec-fetch-site"})
 
 def is_forwarding(name: bytes) -> bool:
     """Whether a header called `name` (lower case) says whom a request is passed on for."""
-    return name in FORWARDING or name.startswith(b"x-forwarded")
+    return name in FORWARDING or name.startswith(_FORWARDED)
 
 
 def is_local(peer: str, headers: Headers, *, http10: bool) -> bool:
@@ -50,7 +50,7 @@ def is_local(peer: str, headers: Headers, *, http10: bool) -> bool:
         return False
     said: dict[bytes, str] = {}
     for name, value in headers:
-        if is_forwarding(name):
+        if name in FORWARDING or name.startswith(_FORWARDED):
             return False
         if name in _ONCE:
             if name in said:

@@ -229,7 +229,8 @@ class Connection(asyncio.Protocol):
             raise HttpError(505, "this server speaks HTTP/1.1")
         if len(hosts) != 1 and (version == "1.1" or hosts):
             raise HttpError(400, "want one Host header")
-        if not target.startswith(b"/") and target != b"*":
+        absolute = not target.startswith(b"/") and target != b"*"
+        if absolute:
             scheme, mark, rest = target.partition(b"://")
             if not mark or scheme.lower() not in (b"http", b"https"):
                 raise HttpError(400, "the request's target must begin with a slash")
@@ -240,14 +241,12 @@ class Connection(asyncio.Protocol):
             headers = [(n, authority if n == b"host" else v) for n, v in headers]
         if b"#" in target:
             raise HttpError(400, "a request's target has no fragment")
-        return Exchange(
-            self,
-            method=method,
-            target=target,
-            headers=headers,
-            peer=self._peer,
+        exchange = Exchange(
+            self, method=method, target=target, headers=headers, peer=self._peer,
             http10=version == "1.0",
-        )
+        )  # fmt: skip
+        exchange.proxied = absolute  # which is how proxies are asked
+        return exchange
 
     def on_body(self, chunk: bytes) -> None:
         exchange = self.incoming

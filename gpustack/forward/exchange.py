@@ -80,7 +80,8 @@ class Exchange:
         query: what follows "?".
         headers: (lower-case name, value), in the order they came; trailers are dropped.
         peer: address of the client, without its port: its socket's, or what a trusted proxy says.
-        proxied: a trusted proxy passed it on, so it is never this machine's own.
+        proxied: a trusted proxy passed it on, or it was meant for a proxy: so it is never this
+            machine's own.
         endless: a watch or a followed log: ended at once when the server drains.
         complete: the whole request has come.
         status: of the answer; 0 until it started.

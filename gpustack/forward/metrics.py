@@ -57,7 +57,8 @@ async def serve(sock: socket.socket, gather: Gather, admit: Admit, *, force_auth
             raise NotFound(f"This port serves {PATH} alone.")
         if exchange.method not in ("GET", "HEAD"):
             raise MethodNotAllowed
-        if force_auth or not is_local(exchange.peer, exchange.headers, http10=exchange.http10):
+        asks = force_auth or exchange.proxied
+        if asks or not is_local(exchange.peer, exchange.headers, http10=exchange.http10):
             await admit(exchange)
         kind, body = await asyncio.to_thread(text, await gather())
         exchange.respond(200, [(b"content-type", kind.encode())], body)

@@ -1,10 +1,10 @@
 """Who sends a request: the credential in it, looked up in the table."""
 
-from datetime import UTC, datetime
+from time import time
 from typing import Final
 
 from gpustack.errors import Forbidden, PasswordChangeRequired, Unauthorized
-from gpustack.forward.http1 import Headers, first
+from gpustack.forward.http1 import Headers
 from gpustack.gateway.tables import Credential, Model, Tables
 from gpustack.lib.carriers import CARRIERS, Shown, shown
 from gpustack.lib.origin import is_foreign
@@ -34,7 +34,7 @@ def check(credential: Credential, *, cookie: bool, method: str, headers: Headers
         Unauthorized: it has expired, or its user is disabled.
         Forbidden: it may not, or a foreign page used a browser's cookie.
     """
-    if credential.expires_at is not None and credential.expires_at <= datetime.now(UTC):
+    if credential.ends_at is not None and credential.ends_at <= time():
         raise Unauthorized("This credential has expired.")
     if credential.user_disabled:
         raise Unauthorized("The user of this credential is disabled.")
@@ -42,7 +42,7 @@ def check(credential: Credential, *, cookie: bool, method: str, headers: Headers
         raise Forbidden("This credential may not run models.")
     if credential.password_change_required:
         raise PasswordChangeRequired()
-    if cookie and method not in ("GET", "HEAD") and _is_foreign(headers):
+    if cookie and method not in ("GET", "HEAD") and from_foreign_page(headers):
         raise Forbidden("A page of another origin may not use this session.")
 
 
@@ -82,9 +82,18 @@ def may_use(credential: Credential | None, model: Model) -> bool:
     )
 
 
-def _is_foreign(headers: Headers) -> bool:
-    origin, host, site = (
-        None if (value := first(headers, name)) is None else value.decode("latin-1")
-        for name in (b"origin", b"host", b"sec-fetch-site")
+def from_foreign_page(headers: Headers) -> bool:
+    """What `lib.origin.is_foreign` says of a request."""
+    said = dict(reversed(headers))  # the first of each counts
+    origin, host = said.get(b"origin"), said.get(b"host")
+    if host and b"/" not in host and origin in (b"https://" + host, b"http://" + host):
+        return False  # nearly all are the page of this server itself: soon known
+    return is_foreign(
+        origin=_text(origin),
+        host=_text(host),
+        fetch_site=_text(said.get(b"sec-fetch-site")),
     )
-    return is_foreign(origin=origin, host=host, fetch_site=site)
+
+
+def _text(value: bytes | None) -> str | None:
+    return None if value is None else value.decode("latin-1")

@@ -6,15 +6,21 @@ each gateway process more memory than the tables do.
 
 from collections.abc import Callable
 from datetime import datetime
+from sys import intern
 from typing import Any, Final
 
 import msgspec
+from msgspec.structs import replace
 
 from gpustack.schemas import wire
 
 
 class Credential(msgspec.Struct, frozen=True):
-    """See schemas.credentials.Credential."""
+    """See schemas.credentials.Credential.
+
+    Attributes:
+        ends_at: `expires_at` as the system's clock counts; tables set it.
+    """
 
     id: int
     kind: str
@@ -28,6 +34,7 @@ class Credential(msgspec.Struct, frozen=True):
     user_disabled: bool = False
     is_admin: bool = False
     group_ids: frozenset[int] = frozenset()
+    ends_at: float | None = None
 
 
 class Grants(msgspec.Struct, frozen=True):
@@ -101,6 +108,7 @@ class Tables:
         self.by_digest: dict[str, Credential] = {}
         self.by_name: dict[str, Model] = {}
         self.of_model: dict[int, dict[int, Instance]] = {}
+        self._scopes: dict[tuple[str, ...], tuple[str, ...]] = {}  # one of all that are equal
         self._put: dict[str, Callable[[Any], None]] = {
             wire.CREDENTIALS: self._put_credential,
             wire.MODELS: self._put_model,
@@ -136,6 +144,10 @@ class Tables:
 
     def _put_credential(self, new: Credential) -> None:
         self.delete(wire.CREDENTIALS, new.id)
+        # Most are alike: what requests look at is then in the processor's caches.
+        scopes = self._scopes.setdefault(new.scopes, new.scopes)
+        ends_at = None if new.expires_at is None else new.expires_at.timestamp()
+        new = replace(new, kind=intern(new.kind), scopes=scopes, ends_at=ends_at)
         self.credentials[new.id] = self.by_digest[new.digest] = new
 
     def _put_model(self, new: Model) -> None:

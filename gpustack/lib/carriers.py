@@ -4,13 +4,15 @@ One rule for every part that reads them, so that no request is one user here and
 """
 
 from collections.abc import Iterable
-from typing import Final, NamedTuple
+from typing import Final
+
+import msgspec
 
 #: Lower-case names of the headers that `shown` looks at.
 CARRIERS: Final = ("authorization", "x-api-key", "api-key", "cookie")
 
 
-class Shown(NamedTuple):
+class Shown(msgspec.Struct, frozen=True):
     """A secret that came with a request. Never logged.
 
     Attributes:
@@ -40,19 +42,21 @@ def shown(headers: Iterable[tuple[str, str]], session_cookie: str) -> Shown | No
     for name, value in headers:
         if name == "authorization":
             scheme, _, token = value.partition(" ")
-            return Shown(token.strip() if scheme.lower() == "bearer" else "", cookie=False)
+            return Shown(token.strip() if scheme.lower() == "bearer" else "", False)
         if name in ("x-api-key", "api-key"):
             keys.setdefault(name, value.strip())
         elif name == "cookie":
             session = _cookie(value, session_cookie) or session
     if key := keys.get("x-api-key") or keys.get("api-key"):
-        return Shown(key, cookie=False)
-    return Shown(session, cookie=True) if session else None
+        return Shown(key, False)
+    return Shown(session, True) if session else None
 
 
 def _cookie(cookies: str, wanted: str) -> str:
     found = ""
     for pair in cookies.split(";"):
+        if wanted not in pair:  # most are of no concern here
+            continue
         name, _, value = pair.partition("=")
         if name.strip() == wanted:
             found = value.strip().strip('"') or found

@@ -11,9 +11,13 @@ _AUTHORITY: Final = re.compile(
     r"(?:(?P<name>[A-Za-z0-9._-]+)|\[(?P<v6>[0-9A-Fa-f:.]*:[0-9A-Fa-f:.]*)\])(?::[0-9]{1,5})?"
 )
 
+_USUAL: Final = frozenset({"127.0.0.1", "::1", "localhost"})
+
 
 def is_loopback(host: str) -> bool:
     """Whether `host` (a name, an address, with or without brackets) can only mean this machine."""
+    if host in _USUAL:  # gateways ask for every request
+        return True
     host = host.strip("[]").split("%", 1)[0].rstrip(".").lower()
     if host == "localhost":
         return True

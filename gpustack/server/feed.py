@@ -129,6 +129,10 @@ class Feed:
         """How many are open."""
         return len(self._subscriptions)
 
+    def watches_of(self, audience: Audience) -> int:
+        """How many of them are one audience's."""
+        return sum(one.audience == audience for one in self._subscriptions)
+
     def close(self) -> None:
         """End every watch: this server is about to go."""
         self._closed = True

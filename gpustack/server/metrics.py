@@ -24,6 +24,7 @@ from gpustack.server.db.database import Database, ReadSession
 from gpustack.server.db.tables import Instance, Model, Worker
 from gpustack.server.feed import Feed
 from gpustack.server.heartbeats import Heartbeats
+from gpustack.server.views import GATEWAY
 
 _READERS = {Scope.ALL, Scope.METRICS}
 _MODEL, _STATE = ("model",), ("state",)
@@ -76,7 +77,7 @@ async def serve(sock: socket.socket, app: FastAPI, *, force_auth: bool) -> None:
         served: Served = app.state.served
         return [
             *await _cluster(db, app.state.heartbeats),
-            _watches(app.state.feed),
+            *_watches(app.state.feed, app.state.settings.gateways),
             *served.metrics(),
         ]
 
@@ -96,8 +97,27 @@ async def _admit(db: Database, known: Known[Principal], exchange: Exchange) -> P
     return found
 
 
-def _watches(feed: Feed) -> Metric:
-    return Metric("gpustack_watches", "Watch streams that are open here.", (), {(): feed.watches})
+def _watches(feed: Feed, gateways: int) -> list[Metric]:
+    """Of all that watch; and of this node's gateways, which hear of a revoked key by their watch.
+
+    Args:
+        gateways: how many this node has.
+    """
+    connected = min(feed.watches_of(GATEWAY), gateways)
+    states: dict[tuple[str, ...], float] = {
+        ("connected",): connected,
+        ("disconnected",): gateways - connected,
+    }
+    return [
+        Metric("gpustack_watches", "Watch streams that are open here.", (), {(): feed.watches}),
+        Metric(
+            "gpustack_gateways",
+            "This node's gateways by their watch: one that is disconnected goes on with what it "
+            "knew, and hears of no key that is revoked.",
+            _STATE,
+            states,
+        ),
+    ]
 
 
 async def _cluster(db: Database, heartbeats: Heartbeats) -> list[Metric]:

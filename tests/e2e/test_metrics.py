@@ -1,6 +1,8 @@
 """The ports that Prometheus reads, and who may."""
 
+import os
 import re
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -95,3 +97,24 @@ def test_ports_are_not_opened_where_nobody_wants_them(make_node: MakeNode) -> No
         with pytest.raises(httpx.ConnectError):
             httpx.get(f"http://127.0.0.1:{port}/metrics", trust_env=False)
     assert node.stop() == 0
+
+
+def test_a_gateway_without_its_watch_is_counted(served: Node) -> None:
+    """The one process of `--gateway-mode disabled` cannot lose itself."""
+    port, gateways = served.metrics_port, served.pids("gateway")
+    states = ("connected", "disconnected")
+
+    def are(connected: int, disconnected: int) -> bool:
+        seen = values(port)
+        found = [seen[f'gpustack_gateways{{state="{state}"}}'] for state in states]
+        return found == [connected, disconnected]
+
+    count = len(gateways) or 1
+    soon(lambda: are(count, 0), "every gateway is connected")
+    if gateways:
+        assert served.process is not None
+        served.process.send_signal(signal.SIGSTOP)  # else it would start another at once
+        os.kill(gateways[0], signal.SIGKILL)
+        soon(lambda: are(count - 1, 1), "the one that is gone is missed")
+        served.process.send_signal(signal.SIGCONT)
+        soon(lambda: are(count, 0), "another has taken its place", within_s=30)

@@ -4,8 +4,10 @@ import asyncio
 import logging
 import os
 import random
+import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -104,6 +106,77 @@ def test_what_is_made_through_one_is_seen_and_served_through_the_other(
         assert http.get(f"/v2/models/{model_id}").json()["name"] == "shared"
     soon(lambda: chat(one, key, "shared") == 200, "it is served by its own node", within_s=5)
     soon(lambda: chat(two, key, "shared") == 200, "it is served by the other node", within_s=5)
+
+
+class Person:
+    """An administrator with a key, made through one node."""
+
+    def __init__(self, node: Node, admin: httpx.Client, stack: ExitStack) -> None:
+        self.facts: dict[str, Any] = {"username": f"u{time.monotonic_ns()}", "is_admin": True}
+        made = admin.post("/v2/users", json=self.facts | {"password": "Of-a-test-1"})
+        self.id = int(made.json()["id"])
+        browser = stack.enter_context(node.http(None))
+        form = {"username": self.facts["username"], "password": "Of-a-test-1"}
+        assert browser.post("/auth/login", json=form).is_success
+        key = browser.post("/v2/api-keys", json={"name": "k"}).json()
+        self.key_id, self.key = int(key["id"]), str(key["value"])
+        self.http: httpx.Client = browser
+
+
+#: What an administrator does, whom it concerns, and what is refused from then on: path -> status.
+#: The first path is a gateway's own to answer, the second the server's.
+Change = Callable[[httpx.Client, Person], httpx.Response]
+TAKEN: dict[str, tuple[Change, dict[str, int]]] = {
+    "a key that is revoked": (
+        lambda admin, one: one.http.delete(f"/v2/api-keys/{one.key_id}"),
+        {"/v1/models": 401, "/v2/users/me": 401},
+    ),
+    "a key that may do less": (
+        lambda admin, one: one.http.put(
+            f"/v2/api-keys/{one.key_id}", json={"name": "k", "scope": ["metrics"]}
+        ),
+        {"/v1/models": 403, "/v2/users/me": 403},
+    ),
+    "a user who is disabled": (
+        lambda admin, one: admin.put(f"/v2/users/{one.id}", json=one.facts | {"is_active": False}),
+        {"/v1/models": 401, "/v2/users/me": 401},
+    ),
+    "a user who is deleted": (
+        lambda admin, one: admin.delete(f"/v2/users/{one.id}"),
+        {"/v1/models": 401, "/v2/users/me": 401},
+    ),
+    "an administrator who is none any more": (
+        lambda admin, one: admin.put(f"/v2/users/{one.id}", json=one.facts | {"is_admin": False}),
+        {"/v2/users": 403},
+    ),
+}
+
+
+def refused_after_s(cluster: Cluster, take: Change, refused: dict[str, int]) -> float:
+    """How long the other node lets in whom one has said to refuse."""
+    one, two = cluster.nodes
+    with one.http() as admin, ExitStack() as stack:
+        person = Person(one, admin, stack)
+        there = stack.enter_context(two.http(person.key))
+
+        def answers(wanted: dict[str, int]) -> bool:
+            return all(there.get(path).status_code == status for path, status in wanted.items())
+
+        soon(lambda: answers(dict.fromkeys(refused, 200)), "it is allowed first")
+        assert take(admin, person).is_success
+        began = time.monotonic()
+        soon(lambda: answers(refused), f"it is refused: {refused}", within_s=30)
+        return time.monotonic() - began
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("change", TAKEN)
+def test_what_is_taken_away_through_one_is_gone_at_the_other_within_two_seconds(
+    cluster: Cluster, change: str
+) -> None:
+    """The median of five: others use this machine too."""
+    took_s = [refused_after_s(cluster, *TAKEN[change]) for _ in range(5)]
+    assert statistics.median(took_s) < 2, took_s
 
 
 @pytest.mark.slow

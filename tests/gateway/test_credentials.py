@@ -24,6 +24,23 @@ def test_no_request_is_one_user_at_the_gateway_and_another_at_the_server(
     assert credentials.presented(headers) == principals.presented(Headers(raw=headers))
 
 
+_PAGES = st.sampled_from([b"origin", b"host", b"sec-fetch-site", b"accept"])
+_SAID = st.sampled_from(
+    [
+        *b"/ a A a/b null http:// https://a http://A http://a/b ftp://a same-origin".split(),
+        *(b"", b"cross-site", b"\xff", b"http://\xff"),
+    ]
+)
+
+
+@given(st.lists(st.tuples(_PAGES, _SAID), max_size=5))
+def test_no_page_is_foreign_to_the_gateway_and_not_to_the_server(
+    headers: list[tuple[bytes, bytes]],
+) -> None:
+    there = principals._is_foreign(Headers(raw=headers))
+    assert credentials.from_foreign_page(headers) == there
+
+
 @pytest.mark.parametrize("value", [b"Basic a2V5", b"Negotiate x", b""])
 def test_another_scheme_is_a_credential_that_nobody_knows(value: bytes) -> None:
     headers = [(b"authorization", value), (b"cookie", SESSION_COOKIE.encode() + b"=s")]

@@ -73,6 +73,8 @@ def hosts(count: int) -> Iterator[list[Host]]:
 def _remove(made: list[Host]) -> None:
     for host in made:
         subprocess.run(["ip", "netns", "del", host.name], capture_output=True, check=False)
+        # While a process lives in there, the cable stays too.
+        subprocess.run(["ip", "link", "del", host.link], capture_output=True, check=False)
     subprocess.run(["ip", "link", "del", BRIDGE], capture_output=True, check=False)
 
 

@@ -1,5 +1,6 @@
 """The routes of an application, as it has them: nobody has to remember to list one."""
 
+import re
 from collections.abc import Iterable, Iterator
 
 #: DESIGN: "Public without credentials: /healthz, /readyz, /version, the ways in below /auth/".
@@ -21,3 +22,8 @@ def walk(routes: Iterable[object]) -> Iterator[tuple[str, str]]:
         else:
             for method in sorted(getattr(route, "methods", None) or ["GET"]):
                 yield method, str(getattr(route, "path"))  # noqa: B009  no common type
+
+
+def concrete(pattern: str) -> str:
+    """A path that the pattern matches."""
+    return re.sub(r"\{[^}]*\}", "1", pattern)
