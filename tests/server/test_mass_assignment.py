@@ -77,11 +77,21 @@ MAY_CHANGE: Final[Mapping[tuple[str, str], str]] = {
     ("PUT /v2/models/{model_id}", "admin"): (
         "+model_versions models.description models.replicas models.generation"
         " models.placement_strategy models.worker_selector models.restart_on_error"
+        " models.access_policy"
     ),
     ("PATCH /v2/models/{model_id}", "admin"): (
         "+model_versions models.description models.replicas models.generation"
         " models.placement_strategy models.worker_selector models.restart_on_error"
+        " models.access_policy"
     ),
+    ("PUT /v2/models/{model_id}/access", "admin"): (
+        "+model_users -model_users +model_groups -model_groups"
+    ),
+    ("POST /v2/groups", "admin"): "+user_groups",
+    ("PUT /v2/groups/{group_id}", "admin"): (
+        "user_groups.name user_groups.description user_groups.generation"
+    ),
+    ("POST /v2/groups/{group_id}/members", "admin"): "+group_members",
     ("POST /v2/models/{model_id}/rollback", "admin"): "+model_versions models.generation",
     ("POST /v2/apply", "admin"): (  # with `prune` it deletes what is not in it
         "+models +model_versions -models -model_versions models.deleting models.generation"
