@@ -2,11 +2,11 @@
 
     python -m benchmarks.authentication [--credentials 10000] [--rounds 1000]
 
-Calls `Plane.identify` and `is_for`, which is all that happens between a request's head and the
-choice of an instance because somebody may not ask, on the heads that well-known clients send. The
-tables hold as many credentials as asked for, and each request shows another. Prints a Markdown
-table, with each figure as a multiple of what a hundred additions take in the same round: that can
-be compared between machines.
+Calls `Plane.identify`, `is_for` and `may_use`: all that happens between a head and
+the choice of an instance because somebody may not ask, on the heads that well-known clients send.
+The tables hold as many credentials as asked for, each request shows another; the model is granted
+to a thousand users. Prints a Markdown table, with each figure as a multiple of what a hundred
+additions take in the same round: that can be compared between machines.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from typing import Any, cast
 
 from gpustack.forward.exchange import Exchange, Link
 from gpustack.forward.http1 import Headers
-from gpustack.gateway.credentials import is_for
+from gpustack.gateway.credentials import is_for, may_use
 from gpustack.gateway.plane import Plane
 from gpustack.gateway.tables import Tables
 from gpustack.gateway.watch import Watch
@@ -90,6 +90,9 @@ def filled(count: int) -> Tables:
     )
     for number in range(count):
         tables.put("credentials", credential(number, **sorts[number % 4]))
+    granted = {"user_ids": list(range(1, 1001)), "group_ids": []}
+    known = {"id": 1, "name": MODEL, "created_at": "2026-01-01T00:00:00Z", "granted_to": granted}
+    tables.put("models", json.dumps(known).encode())
     return tables
 
 
@@ -154,10 +157,13 @@ def timed_us(action: Callable[[], object]) -> float:
 def measure(count: int, rounds: int) -> dict[str, list[tuple[float, float]]]:
     """Case -> of each round: microseconds, and the multiple of the calibration next to it."""
     serving = plane(filled(count))
+    model = serving.tables.by_name[MODEL]
 
     def identify(requests: Sequence[Exchange]) -> None:
         for request in requests:
-            assert is_for(serving.identify(request), MODEL)
+            known = serving.identify(request)
+            assert is_for(known, MODEL)
+            assert may_use(known, model)
 
     found: dict[str, list[tuple[float, float]]] = defaultdict(list)
     gc.collect()

@@ -4,7 +4,7 @@ from time import time
 from typing import Final
 
 from gpustack.errors import Forbidden, PasswordChangeRequired, Unauthorized
-from gpustack.forward.http1 import Headers
+from gpustack.forward.http1 import Headers, first
 from gpustack.gateway.tables import Credential, Model, Tables
 from gpustack.lib.carriers import CARRIERS, Shown, shown
 from gpustack.lib.origin import is_foreign
@@ -84,14 +84,13 @@ def may_use(credential: Credential | None, model: Model) -> bool:
 
 def from_foreign_page(headers: Headers) -> bool:
     """What `lib.origin.is_foreign` says of a request."""
-    said = dict(reversed(headers))  # the first of each counts
-    origin, host = said.get(b"origin"), said.get(b"host")
+    origin, host = first(headers, b"origin"), first(headers, b"host")
     if host and b"/" not in host and origin in (b"https://" + host, b"http://" + host):
         return False  # nearly all are the page of this server itself: soon known
     return is_foreign(
         origin=_text(origin),
         host=_text(host),
-        fetch_site=_text(said.get(b"sec-fetch-site")),
+        fetch_site=_text(first(headers, b"sec-fetch-site")),
     )
 
 
