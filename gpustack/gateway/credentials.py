@@ -46,8 +46,8 @@ def check(credential: Credential, *, cookie: bool, method: str, headers: Headers
         raise Forbidden("A page of another origin may not use this session.")
 
 
-def check_again(then: Credential, tables: Tables, model: Model | None) -> None:
-    """Return if a request that `then` opened, and that runs `model`, may go on.
+def check_again(then: Credential, tables: Tables, model: Model | None = None) -> Credential:
+    """What `then` is now, if a request that it opened, and that runs `model`, may go on.
 
     Raises:
         Unauthorized: the credential is gone or has expired, or its user is disabled.
@@ -57,10 +57,11 @@ def check_again(then: Credential, tables: Tables, model: Model | None) -> None:
     if now is None or now.digest != then.digest:
         raise Unauthorized("This credential was revoked.")
     check(now, cookie=False, method="POST", headers=[])
-    if model is None:
-        return
-    if not is_for(now, model.name) or not may_use(now, tables.models.get(model.id, model)):
-        raise Forbidden(f"This credential is not for the model {model.name!r} any more.")
+    if model is not None:
+        of_now = tables.models.get(model.id, model)
+        if not is_for(now, model.name) or not may_use(now, of_now):
+            raise Forbidden(f"This credential is not for the model {model.name!r} any more.")
+    return now
 
 
 def is_for(credential: Credential | None, model: str) -> bool:

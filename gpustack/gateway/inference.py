@@ -212,7 +212,7 @@ class Inference:
 
     async def _find_again(self) -> None:
         try:
-            await self._plane.again(self._look_up_again)
+            await self._plane.again(self._look_up)
         finally:
             self._waiting = False
         if self._exchange.finished:
@@ -222,16 +222,14 @@ class Inference:
 
     def _look_up(self) -> None:
         assert self._asked is not None  # noqa: S101
-        tables = self._plane.tables
+        tables, then = self._plane.tables, self._credential
+        if then is not None and tables.credentials.get(then.id) is not then:
+            # Bodies may take their time: what began with the head has to hold at their end.
+            self._credential = check_again(then, tables)
         self._model = model = self._plane.model(self._asked.model, self._credential)
         self._targets = self._plane.routing.targets(tables, model)
         if not self._targets:
             raise NoReadyInstance(not_ready(tables, model))
-
-    def _look_up_again(self) -> None:
-        """With the credential as it is now: its user may be in other groups."""
-        self._credential = self._plane.identify(self._exchange)
-        self._look_up()
 
     # --- the engine --------------------------------------------------------------------------
 

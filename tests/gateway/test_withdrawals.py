@@ -12,6 +12,7 @@ import pytest
 from gpustack.config.load import load
 from gpustack.gateway.app import data_plane
 from gpustack.gateway.counts import Counts
+from gpustack.gateway.inference import open_requests
 from gpustack.gateway.public import Public
 from gpustack.lib.platform import listen
 from tests.support.data_plane import AUTH, KEY, fill
@@ -153,3 +154,26 @@ async def test_a_running_node_takes_the_operators_word(tmp_path: Path) -> None:
         there.public.reload({"revoked_streams": "end"})
         WITHDRAWN["revoked"](there.server)
         assert await is_cut(stream)
+
+
+@pytest.mark.parametrize("how", WITHDRAWN)
+async def test_a_body_that_takes_its_time_begins_nothing_after_it(tmp_path: Path, how: str) -> None:
+    async with served(tmp_path, "finish") as there:
+        body = b'{"model": "m"}'
+        client = await Client.to(there.port)
+        sized = AUTH | {"Content-Length": str(len(body))}
+        client.ask("POST", "/v1/chat/completions", sized, body[:5])
+
+        async def arrived() -> bool:
+            return any(open_requests(there.public.listener))
+
+        await eventually(arrived, "the head of the request")
+        WITHDRAWN[how](there.server)
+
+        async def refused() -> bool:
+            return (await ask(there.port, "GET", "/v1/models/m", AUTH)).status >= 400
+
+        await eventually(refused, "new requests are refused")
+        client.send(body[5:])
+        assert (await client.reply()).status in {401, 403, 404}
+        assert not there.engine.seen

@@ -275,7 +275,9 @@ async def test_a_watch_ends_when_its_users_groups_are_others(users: Users) -> No
     async with aclosing(watched(users.plane, users.http["ann"], path)) as events:
         assert await until_synced(events) == ["theirs"]
         await users.ok("DELETE", f"/v2/groups/{group}")
-        await until(events, "delete", model)
+        await until(events, "end")
+    async with aclosing(watched(users.plane, users.http["ann"], path)) as events:
+        assert await until_synced(events) == []
     assert await users.seen("ann") == []
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from sqlmodel import select
 
-from gpustack.server.db.database import Database
+from gpustack.server.db.database import Database, find
 from gpustack.server.db.tables import Credential, User
 from gpustack.server.db.users import remove_user, set_password
 from tests.server.conftest import PASSWORD, Plane, Start, registration
@@ -64,6 +64,27 @@ async def test_who_is_deleted_while_asking_gets_no_key_and_no_session(plane: Pla
             await asyncio.sleep(1)
             await remove_user(session, await session.get_one(User, made["id"]))
     assert [one.result().status_code for one in asked] == [401, 401]
+
+
+@on_shared
+async def test_no_key_is_made_while_its_user_leaves_a_group(start: Start, tmp_path: Path) -> None:
+    """Else gateways could hear of the key with the group, and of nothing after it."""
+    planes = [await start(tmp_path / "a"), await start(tmp_path / "b")]
+    admin = await planes[0].admin()
+    user = {"username": "ann", "password": PASSWORD}
+    ann = (await admin.post("/v2/users", json=user)).json()["id"]
+    for end in ("/members/{ann}", ""):
+        group = (await admin.post("/v2/groups", json={"name": f"g{end}"})).json()["id"]
+        members = f"/v2/groups/{group}/members"
+        assert (await admin.post(members, json={"user_ids": [ann]})).status_code == 204
+        path = f"/v2/groups/{group}" + end.format(ann=ann)
+        async with asyncio.TaskGroup() as tasks:
+            async with planes[1].db.write() as session:
+                assert await find(session, User, ann)  # as whoever makes a key does
+                left = tasks.create_task(admin.delete(path))
+                await asyncio.sleep(1)
+                assert not left.done()
+        assert left.result().status_code == 204
 
 
 async def test_a_password_that_is_replaced_while_it_is_compared_opens_nothing(

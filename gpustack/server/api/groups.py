@@ -121,8 +121,8 @@ async def add_group_members(db: Db, admin: Admin, group_id: Id, wanted: MembersA
 async def remove_group_member(db: Db, admin: Admin, group_id: Id, user_id: Id) -> Response:
     async with db.write() as session:
         row = await _get(session, group_id)
+        user = await find(session, tables.User, user_id)  # locked: no key is made meanwhile
         member = await session.get(tables.GroupMember, (group_id, user_id))
-        user = await session.get(tables.User, user_id)
         if member is None or user is None:
             raise NotFound(f"there is no user with id {user_id} in group {row.name}")
         await session.delete(member)

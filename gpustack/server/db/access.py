@@ -154,7 +154,16 @@ async def join(session: WriteSession, group: Group, user_ids: Sequence[int]) -> 
 
 
 async def remove_group(session: WriteSession, group: Group) -> None:
-    """Delete the group. What it was granted, its members may not use any more through it."""
+    """Delete the group. What it was granted, its members may not use any more through it.
+
+    Its members leave one by one, since what their credentials stand for is another then.
+    """
+    leave = select(GroupMember).where(col(GroupMember.group_id) == group.id)
+    its = [row.user_id for row in (await session.exec(leave)).all()]
+    locked = select(User.id).where(col(User.id).in_(its)).order_by(col(User.id))
+    await session.exec(locked.with_for_update())  # no key of theirs is made meanwhile
+    for member in (await session.exec(leave)).all():
+        await session.delete(member)
     granted = (
         select(Model)
         .join(ModelGroup, col(ModelGroup.model_id) == col(Model.id))
@@ -162,4 +171,5 @@ async def remove_group(session: WriteSession, group: Group) -> None:
     )
     for model in (await session.exec(granted)).all():
         touch(session, model)
+    await session.flush()
     await session.delete(group)
