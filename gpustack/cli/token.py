@@ -50,14 +50,17 @@ def create(
     place = url or (server.url if _is_elsewhere(server) else made.server_url)
     command = ["gpustack", "start", "--server-url", place, "--token", made.value]
     tls = made.server_fingerprint if place.startswith("https:") else None
+    # Elsewhere a proxy may answer, with a key of its own.
+    is_known = host_in(place) == host_in(made.server_url)
     # Many authorities' customers change keys at each renewal: a pinned one would lock workers out.
-    if tls and not (made.server_is_vouched_for and host_in(place) == host_in(made.server_url)):
+    if tls and is_known and not made.server_is_vouched_for:
         command += ["--server-fingerprint", tls]
     click.echo(shlex.join(command))
     who = "any number of workers" if reusable else "one worker"
     click.echo(f"for {who}, until {local_time(made.expires_at)}; shown this once", err=True)
     if tls:
-        click.echo(f"the server's key has fingerprint {tls}", err=True)
+        hint = "" if is_known else f"; if it is the server itself that answers at {place}, add it"
+        click.echo(f"the server's key has --server-fingerprint {tls}{hint}", err=True)
     if is_loopback(host_in(place)):
         click.echo(f"other machines do not reach {place}: give --url", err=True)
 

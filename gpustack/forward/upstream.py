@@ -253,7 +253,7 @@ class Pool:
         self._idle_s = idle_s
         self._idle_max = idle_max
         self._idle: dict[Peer, list[Connection]] = {}
-        self._untrusted: set[Peer] = set()
+        self._untrusted: set[Address] = set()
         self._timer: asyncio.TimerHandle | None = None
         self._connecting: set[asyncio.Task[None]] = set()
 
@@ -319,12 +319,12 @@ class Pool:
         try:
             async with asyncio.timeout(self._connect_timeout_s):
                 connection = await self._dial(peer)
-            self._untrusted.discard(peer)
+            self._untrusted.discard(peer.address)
         except ssl.SSLError as error:
             failure = Failure.UNTRUSTED
             self._distrust(peer, error)
-        except (OSError, TimeoutError):
-            pass
+        except (OSError, TimeoutError, ValueError):
+            pass  # ValueError: no such name can be, such as "a..b"
         try:
             if connection is None:
                 call.fail(failure)
@@ -338,8 +338,8 @@ class Pool:
 
     def _distrust(self, peer: Peer, error: ssl.SSLError) -> None:
         """Say so, once until it is better."""
-        if peer not in self._untrusted:
-            self._untrusted.add(peer)
+        if peer.address not in self._untrusted:
+            self._untrusted.add(peer.address)
             logger.warning(
                 "%s:%d does not show the certificate with which it registered, so nothing is "
                 "sent there (%s): somebody stands between, or its agent is about to say its "

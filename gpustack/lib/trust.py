@@ -77,18 +77,26 @@ def of_server(ca: Path | None, fingerprint: str | None) -> ssl.SSLContext:
 def key(wanted: str) -> ssl.SSLContext:
     """Trusts who has the key with this fingerprint; what else a certificate says does not count."""
 
-    class Pinned(ssl.SSLObject):
+    def check(connection: ssl.SSLObject | ssl.SSLSocket) -> None:
+        try:
+            shown = fingerprint(connection.getpeercert(binary_form=True) or b"")
+        except ValueError as error:
+            raise WrongKey(f"its certificate cannot be read ({error})") from None
+        if shown != wanted:
+            raise WrongKey(f"its key has fingerprint {shown}, not {wanted}")
+
+    class Pinned(ssl.SSLObject):  # of event loops
         def do_handshake(self) -> None:
             super().do_handshake()
-            try:
-                shown = fingerprint(self.getpeercert(binary_form=True) or b"")
-            except ValueError as error:
-                raise WrongKey(f"its certificate cannot be read ({error})") from None
-            if shown != wanted:
-                raise WrongKey(f"its key has fingerprint {shown}, not {wanted}")
+            check(self)
+
+    class PinnedSocket(ssl.SSLSocket):  # of everybody else
+        def do_handshake(self, block: bool = False) -> None:
+            super().do_handshake(block)
+            check(self)
 
     context = _client()
-    context.sslobject_class = Pinned
+    context.sslobject_class, context.sslsocket_class = Pinned, PinnedSocket
     return context
 
 
@@ -127,9 +135,9 @@ def _client() -> ssl.SSLContext:
 def is_vouched_for(server: ssl.SSLContext, host: str) -> bool:
     """Whether this system's authorities vouch for what `server` shows to who dials `host`."""
     there, back = ssl.MemoryBIO(), ssl.MemoryBIO()
-    client = authorities().wrap_bio(back, there, server_hostname=host)
-    ends = [client, server.wrap_bio(there, back, server_side=True)]
     try:
+        client = authorities().wrap_bio(back, there, server_hostname=host)
+        ends = [client, server.wrap_bio(there, back, server_side=True)]
         for _ in range(_FLIGHTS):
             for end in ends[:]:
                 try:

@@ -88,7 +88,7 @@ class Registration(Body):
     machine_id: str
     boot_id: str
     run_id: str
-    ip: str
+    ip: str = Field(max_length=253, pattern=r"^[^.]{1,63}(\.[^.]{1,63})*$")
     port: int = Field(ge=1, le=65535)
     labels: dict[str, str] = Field(default_factory=dict)
     system_reserved_ram_bytes: int = Field(0, ge=0)

@@ -1,11 +1,13 @@
 """Calls over TLS: whom the client believes, and what it says of all others."""
 
+import asyncio
 import ssl
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import httpx
 import pytest
 
 from gpustack import errors
@@ -101,6 +103,25 @@ async def test_another_key_is_named_with_what_would_be_right(tmp_path: Path) -> 
         assert place.seen == []
 
 
+@pytest.mark.parametrize("right", [True, False])
+async def test_who_calls_without_an_event_loop_is_as_careful(tmp_path: Path, right: bool) -> None:
+    """As `gpustack chat` does."""
+    issued = issue(tmp_path)
+    pin = by_fingerprint(issued if right else issue(tmp_path, "other"))
+
+    def call(url: str) -> int:
+        with httpx.Client(base_url=url, verify=pin, trust_env=False) as client:
+            return client.get("/", headers={"Authorization": "Bearer the-credential"}).status_code
+
+    async with served(issued, "127.0.0.1") as (place, url):
+        if right:
+            assert await asyncio.to_thread(call, url) == 202
+        else:
+            with pytest.raises(httpx.ConnectError, match="its key has fingerprint"):
+                await asyncio.to_thread(call, url)
+        assert place.seen == ([b"Bearer the-credential"] if right else [])
+
+
 async def test_a_port_without_tls_is_named(tmp_path: Path) -> None:
     async with served(None, "127.0.0.1") as (place, url):
         async with Client(url, "the-credential", tls=by_fingerprint(issue(tmp_path))) as client:
@@ -140,8 +161,10 @@ def test_a_join_command_needs_the_fingerprint_where_no_authority_vouches_for_the
         "server_fingerprint": trust.fingerprint(issued.der),
         "server_is_vouched_for": vouched_for,
     }
-    elsewhere = about_server(load(given | {"server_external_url": "https://x.test"}, {}).settings)
-    assert not elsewhere["server_is_vouched_for"]
+    for url, knows in (("https://x.test", False), ("https://x.test:8443", True)):
+        elsewhere = about_server(load(given | {"server_external_url": url}, {}).settings)
+        assert ("server_fingerprint" in elsewhere) == knows  # a proxy has a key of its own
+        assert not elsewhere.get("server_is_vouched_for")
 
 
 def test_a_server_without_a_certificate_has_no_fingerprint(tmp_path: Path) -> None:

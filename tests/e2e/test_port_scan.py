@@ -16,7 +16,7 @@ from tests.support.node import Node
 from tests.support.routes import PUBLIC, concrete
 from tests.support.wait import soon
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 LISTENS = "0A"
 AT_ONCE = 400
@@ -115,7 +115,9 @@ async def open_doors(address: str, port: int) -> list[str]:
     anybody.check_hostname, anybody.verify_mode = False, ssl.CERT_NONE
     for scheme in ("http", "https"):
         place = f"{scheme}://{address}:{port}"
-        async with httpx.AsyncClient(base_url=place, verify=anybody, trust_env=False) as http:
+        async with httpx.AsyncClient(
+            base_url=place, verify=anybody, trust_env=False, timeout=60
+        ) as http:
             try:
                 await http.get("/healthz")
             except httpx.TransportError:

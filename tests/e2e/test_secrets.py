@@ -27,7 +27,7 @@ from tests.support.access import CARRIERS
 from tests.support.node import Node
 from tests.support.wait import soon
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 BOOTSTRAP, CLUSTER, HUB = (
     "Boot-secret-81",
@@ -237,7 +237,7 @@ def everything_read(seen: Seen, node: Node, worker: Node) -> None:
         seen.ask(admin, "GET", f"/v2/{kind}/{id}/events")
     seen.ask(admin, "GET", "/v2/models/1/versions", shows="env")
     for port in (node.metrics_port, worker.worker_metrics_port):
-        metrics = httpx.get(f"http://127.0.0.1:{port}/metrics", trust_env=False)
+        metrics = httpx.get(f"http://127.0.0.1:{port}/metrics", trust_env=False, timeout=60)
         seen.answers.append(("metrics", metrics.text))
 
 

@@ -134,3 +134,18 @@ async def test_what_is_no_certificate_is_no_reason_to_trust(tmp_path: Path) -> N
         for nonsense in ("-----BEGIN CERTIFICATE-----", "Ä"):
             assert (await ask(pool, there.port, nonsense)).failure is Failure.UNTRUSTED
         assert there.heard == b""
+
+
+@pytest.mark.parametrize("name", [".x", "a..b", "a" * 64, ""])
+async def test_what_is_no_name_of_a_host_is_an_address_that_cannot_be_reached(
+    own: OwnCertificate, name: str
+) -> None:
+    async with pooled() as pool:
+        for certificate in ("", own.pem):
+            sink, headers = Recorder(), [(b"host", b"x")]
+            pool.send(
+                (name, 1), "GET", b"/", headers, sink, repeatable=True, certificate=certificate
+            )
+            async with asyncio.timeout(60):
+                await sink.over.wait()
+            assert sink.failure is Failure.UNCONNECTED

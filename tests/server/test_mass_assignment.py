@@ -8,7 +8,7 @@ that may differ.
 import importlib
 import pkgutil
 from collections.abc import Callable, Iterator, Mapping
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any, Final, get_args
 from urllib.parse import urlencode
 
@@ -213,6 +213,11 @@ OWNED: Final = {
 }  # fmt: skip
 
 
+def _has_ended(row: dict[str, Any]) -> bool:
+    """Whether it is a credential that the server removes by itself, by and by."""
+    return row["expires_at"] is not None and row["expires_at"] <= datetime.now(UTC)
+
+
 class Try:
     """A control plane, and whoever tries."""
 
@@ -233,6 +238,8 @@ class Try:
         found = []
         for what, was, is_now in changes(before, self._before):
             if what in PLACED and who == "admin":
+                continue
+            if what == "-credentials" and _has_ended(was):
                 continue
             if what not in may:
                 found.append(f"{what}: {was} -> {is_now}")

@@ -10,8 +10,11 @@ import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-NETWORK = "10.90.0"
-BRIDGE = "gpubr0"
+from tests.support.ports import PROCESS
+
+#: Each of the processes that run tests at the same time has names and a network of its own.
+NETWORK = f"10.{90 + PROCESS}.0"
+BRIDGE = f"gpubr{PROCESS}"
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,7 @@ def lacking() -> str | None:
 def hosts(count: int) -> Iterator[list[Host]]:
     """`count` hosts that reach each other and this machine; gone afterwards."""
     made = [
-        Host(f"gpuhost{number}", f"{NETWORK}.{number}", f"gpuveth{number}")
+        Host(f"gpuhost{PROCESS}{number}", f"{NETWORK}.{number}", f"gpuveth{PROCESS}{number}")
         for number in range(1, count + 1)
     ]
     _remove(made)

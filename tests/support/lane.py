@@ -11,7 +11,7 @@ from typing import Final
 
 import pytest
 
-FEW: Final = 4
+FEW: Final = 10
 ROUNDS: Final = 3
 
 

@@ -92,7 +92,7 @@ class Node:
                 pass_fds=self.fds,
             )
         if wait:
-            soon(self.ready, f"the node is ready\n{self.log.read_text()}", within_s=30)
+            soon(self.ready, f"the node is ready\n{self.log.read_text()}", within_s=90)
         return self
 
     def ready(self) -> bool:
@@ -197,7 +197,7 @@ class Node:
         check: Callable[[list[dict[str, Any]]], bool],
         what: str,
         *,
-        within_s: float = 30,
+        within_s: float = 60,
     ) -> list[dict[str, Any]]:
         seen: list[dict[str, Any]] = []
 

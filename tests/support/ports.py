@@ -5,8 +5,8 @@ import random
 import socket
 
 #: Each of the processes that run tests at the same time has a range of its own.
-_PROCESS = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % 8
-PORTS = range(16000 + _PROCESS * 2000, 18000 + _PROCESS * 2000)
+PROCESS = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % 8
+PORTS = range(16000 + PROCESS * 2000, 18000 + PROCESS * 2000)
 
 
 _next = random.randrange(PORTS.start, PORTS.stop)

@@ -32,8 +32,12 @@ def installed() -> Path:
         shutil.copy(SOURCE / name, CACHE / name)
     if not mark.exists() or mark.read_bytes() != wanted:
         command = ["npm", "ci", "--no-audit", "--no-fund", "--ignore-scripts"]
-        done = subprocess.run(command, cwd=CACHE, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, f"npm cannot install oidc-provider:\n{done.stderr[-2000:]}"
+        for attempt in (1, 2, 3):  # a registry may be busy
+            done = subprocess.run(command, cwd=CACHE, capture_output=True, text=True, check=False)
+            if done.returncode == 0:
+                break
+            why = f"npm cannot install oidc-provider:\n{done.stderr[-2000:]}"
+            assert attempt < 3, why
         mark.write_bytes(wanted)
     return CACHE
 

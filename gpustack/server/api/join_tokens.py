@@ -29,6 +29,8 @@ from gpustack.server.db import join_tokens
 from gpustack.server.db.database import ReadSession, find
 from gpustack.server.db.tables import Credential
 
+HTTPS = 443
+
 logger = logging.getLogger(__name__)
 
 router = APIRouter(prefix="/v2", tags=["join-tokens"], route_class=Repeated)
@@ -105,8 +107,9 @@ def about_server(settings: Settings) -> dict[str, object]:
     """Where workers reach this server, and how they know it. Blocks."""
     url = reached_at(settings)
     told: dict[str, object] = {"server_url": url}
-    if settings.ssl_certfile is None:
-        return told
+    parts = urlsplit(url)
+    if settings.ssl_certfile is None or (parts.port or HTTPS) != settings.tls_port:
+        return told  # what is there shows another key: a proxy's, perhaps
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     try:
         context.load_cert_chain(settings.ssl_certfile, settings.ssl_keyfile, lambda: "")
@@ -118,8 +121,8 @@ def about_server(settings: Settings) -> dict[str, object]:
     except (OSError, ValueError) as error:  # the gateway has said what is wrong with it
         logger.warning("no fingerprint for workers: %s", type(error).__name__)
         return told
-    host = urlsplit(url).hostname or ""
-    return told | {"server_is_vouched_for": trust.is_vouched_for(context, host)}
+    vouched = trust.is_vouched_for(context, parts.hostname or "")
+    return told | {"server_is_vouched_for": vouched}
 
 
 async def _shown(session: ReadSession, ids: Sequence[int]) -> dict[int, JoinToken]:
