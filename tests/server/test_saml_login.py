@@ -176,9 +176,12 @@ async def test_refusals_say_what_to_do_and_the_log_why(
     (line,) = [one.getMessage() for one in caplog.records if "SAML answer" in one.getMessage()]
     assert "\n" not in line
     for body, status in ((b"", 400), (b"SAMLResponse=a&SAMLResponse=b", 400), (b"\xff" * 9, 400),
+                         (b"SAMLResponse=a" + b"&x" * 16, 400),
                          (b"SAMLResponse=" + b"a" * 2**20, 413)):  # fmt: skip
         said = await (await plane.client()).post("/auth/saml/callback", content=body)
         assert said.status_code == status
+    many = await (await plane.client()).get("/auth/saml/logout/callback?" + "x=&" * 16)
+    assert (many.status_code, "at most 16 fields" in many.text) == (400, True)
     by_redirect = await (await plane.client()).get("/auth/saml/callback?SAMLResponse=a")
     assert by_redirect.status_code == 400
     assert "HTTP-POST" in by_redirect.json()["message"]
@@ -293,6 +296,7 @@ async def test_nobody_else_logs_a_user_out(plane: Plane) -> None:
         logout_request(IDP_PAIR, issuer=""),
         logout_request(IDP_PAIR, made_at=at(-900)),
         logout_request(IDP_PAIR, not_on_or_after=at(-5)),
+        f"{good}&%53AMLRequest={logout_request(OTHER)[12:].partition('&')[0]}",
         "SAMLRequest=",
     ):
         said = await stranger.get(f"/auth/saml/logout/callback?{query}")

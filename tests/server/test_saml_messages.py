@@ -11,6 +11,7 @@ import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qs, quote
 
 import pytest
 import xmlsec
@@ -21,6 +22,7 @@ from gpustack.server.auth.saml import ServiceProvider, asked_for, new_browser_se
 from gpustack.server.auth.saml_messages import MESSAGE_BYTES, Refused, decoded
 from tests.support.saml_messages import (
     CALLBACK,
+    DS,
     IDP,
     NS,
     PERSISTENT,
@@ -32,6 +34,7 @@ from tests.support.saml_messages import (
     careless,
     encrypted,
     form,
+    logout_request,
     pair,
     response,
     sign,
@@ -234,6 +237,49 @@ def test_keys_are_not_encrypted_in_a_way_that_lets_strangers_decrypt(sp: Service
     assert "rsa-1_5" in refusal(sp, root).reason
 
 
+def test_what_is_encrypted_is_so_by_aes(sp: ServiceProvider) -> None:
+    """By RSA, strangers could ask what a key decrypts, past the list of ways to encrypt keys."""
+    good = etree.tostring(encrypted(signed(Answer(), IDP_PAIR), SP_PAIR))
+    aes = b"http://www.w3.org/2009/xmlenc11#aes256-gcm"
+    assert aes in good
+    for other in ("rsa-1_5", "rsa-oaep-mgf1p", "tripledes-cbc"):
+        forged = good.replace(aes, f"http://www.w3.org/2001/04/xmlenc#{other}".encode())
+        assert refusal(sp, forged).reason.endswith(f"#{other} is not taken")
+
+
+_XENC = 'xmlns:xenc="http://www.w3.org/2001/04/xmlenc#"'
+_AWAY = 'URI="file:///nowhere/gpustack"'
+_REFERENCE = f"<xenc:CipherReference {_XENC} {_AWAY}/>"
+#: What is put in front of the key's own KeyInfo, or instead of the encrypted bytes -> its name.
+_LEADING_AWAY = {
+    _REFERENCE: "CipherReference",
+    f'<ds:RetrievalMethod xmlns:ds="{DS}" {_AWAY} '
+    'Type="http://www.w3.org/2001/04/xmlenc#EncryptedKey"/>': "RetrievalMethod",
+    f'<ds:RetrievalMethod xmlns:ds="{DS}" URI="#xpointer(//x)" '
+    'Type="http://www.w3.org/2001/04/xmlenc#EncryptedKey"/>': "RetrievalMethod",
+    f'<ds:RetrievalMethod xmlns:ds="{DS}" URI="#x"><ds:Transforms/></ds:RetrievalMethod>': (
+        "RetrievalMethod"
+    ),
+    '<x:KeyInfoReference xmlns:x="http://www.w3.org/2009/xmldsig11#" '
+    f"{_AWAY}/>": "KeyInfoReference",
+    '<x:DerivedKey xmlns:x="http://www.w3.org/2009/xmlenc11#"/>': "DerivedKey",
+    f"<xenc:AgreementMethod {_XENC}/>": "AgreementMethod",
+}
+
+
+@pytest.mark.parametrize("placed", _LEADING_AWAY, ids=range(len(_LEADING_AWAY)))
+def test_no_file_is_opened_for_a_stranger(sp: ServiceProvider, placed: str) -> None:
+    """Nor a key computed for as long as he says. /dev/zero would be read to the end."""
+    root = etree.fromstring(etree.tostring(encrypted(signed(Answer(), IDP_PAIR), SP_PAIR)))
+    node = etree.fromstring(placed)
+    if placed == _REFERENCE:
+        (data,) = root.iterfind(".//{*}EncryptedData/{*}CipherData")
+        data[:] = [node]
+    else:
+        root.find(".//{*}EncryptedData/{*}KeyInfo").insert(0, node)
+    assert refusal(sp, root).reason.startswith(_LEADING_AWAY[placed])
+
+
 @pytest.mark.parametrize("number", range(1, 9), ids=lambda number: f"xsw{number}")
 def test_wrapped_signatures_fool_the_careless_only(sp: ServiceProvider, number: int) -> None:
     good = signed(Answer(), IDP_PAIR, message=number <= 2, assertions=number > 2)
@@ -333,6 +379,55 @@ def changed(root: Element, chance: random.Random) -> Element:
         case _:
             one.text = VICTIM
     return root
+
+
+# --- by a query ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def slo(tmp_path_factory: pytest.TempPathFactory) -> ServiceProvider:
+    place = tmp_path_factory.mktemp("slo")
+    return provider(place, saml_idp_logout_url="https://idp.example/slo")
+
+
+def refused_logout(slo: ServiceProvider, query: str) -> Refused:
+    with pytest.raises(Refused) as caught:
+        slo.accept_logout(query)
+    return caught.value
+
+
+@pytest.mark.parametrize("name", ["SAMLRequest", "RelayState", "SigAlg", "Signature"])
+def test_a_query_cannot_be_read_in_two_ways(slo: ServiceProvider, name: str) -> None:
+    """The signature is of the names as they are written: another's must not carry a forged one."""
+    own, forged = (logout_request(IDP_PAIR), logout_request(OTHER, name_id=VICTIM))
+    assert slo.accept_logout(own).id == "_logout"
+    value = quote(parse_qs(forged)[name][0], safe="")
+    hidden = f"%{ord(name[0]):02x}{name[1:]}"
+    for query in (
+        f"{own}&{hidden}={value}",
+        f"{hidden}={value}&{own}",
+        f"{own}&{name}={value}",
+        own.replace(f"{name}=", f"{hidden}="),
+        f"{own}&{name}",
+    ):
+        assert refused_logout(slo, query).reason.startswith(f"{name} is there twice"), query
+
+
+def test_a_query_is_signed_as_it_says(slo: ServiceProvider) -> None:
+    """The library takes ECDSA for RSA."""
+    query = logout_request(IDP_PAIR, algorithm="ecdsa-sha256")
+    assert refused_logout(slo, query).reason.endswith("#ecdsa-sha256")
+
+
+def test_no_file_is_opened_for_a_logout(slo: ServiceProvider) -> None:
+    key = f'<ds:KeyInfo xmlns:ds="{DS}"><ds:KeyName>x</ds:KeyName></ds:KeyInfo>'
+    method = '<xenc:EncryptionMethod Algorithm="http://www.w3.org/2009/xmlenc11#aes256-gcm"/>'
+    data = (
+        f"<xenc:EncryptedData {_XENC}>{method}{key}<xenc:CipherData>{_REFERENCE}</xenc:CipherData>"
+        "</xenc:EncryptedData>"
+    )
+    refused = refused_logout(slo, logout_request(IDP_PAIR, encrypted_id=data))
+    assert refused.reason == "CipherReference is not taken"
 
 
 # --- whose they are --------------------------------------------------------------------------

@@ -221,22 +221,34 @@ def logout_request(
     made_at: str | None = None,
     not_on_or_after: str | None = None,
     relay_state: str = "x",
+    algorithm: str = "rsa-sha256",
+    encrypted_id: str | None = None,
 ) -> str:
-    """A query that asks to end sessions, signed as the redirect binding has it."""
+    """A query that asks to end sessions, signed as the redirect binding has it.
+
+    Args:
+        algorithm: that it says; it is signed by rsa-sha256 all the same.
+        encrypted_id: XML, instead of a NameID.
+    """
     index = (
         "" if session_index is None else f"<samlp:SessionIndex>{session_index}</samlp:SessionIndex>"
+    )
+    name = (
+        f'<saml:NameID Format="{PERSISTENT}">{name_id}</saml:NameID>'
+        if encrypted_id is None
+        else f"<saml:EncryptedID>{encrypted_id}</saml:EncryptedID>"
     )
     xml = (
         f'<samlp:LogoutRequest xmlns:samlp="{P}" xmlns:saml="{A}" ID="{id}" Version="2.0" '
         f'IssueInstant="{made_at or at(0)}"{_optional("Destination", destination)}'
         f"{_optional('NotOnOrAfter', not_on_or_after)}><saml:Issuer>{issuer}</saml:Issuer>"
-        f'<saml:NameID Format="{PERSISTENT}">{name_id}</saml:NameID>{index}</samlp:LogoutRequest>'
+        f"{name}{index}</samlp:LogoutRequest>"
     )
     query = urlencode(
         {
             "SAMLRequest": base64.b64encode(zlib.compress(xml.encode())[2:-4]).decode(),
             "RelayState": relay_state,
-            "SigAlg": "http://www.w3.org/2001/04/xmldsig-more#rsa-sha256",
+            "SigAlg": f"http://www.w3.org/2001/04/xmldsig-more#{algorithm}",
         }
     )
     key = serialization.load_pem_private_key(by.key.encode(), None)
