@@ -27,6 +27,7 @@ from tests.support.saml_messages import (
     NS,
     PERSISTENT,
     SP,
+    UNSPECIFIED,
     Answer,
     Element,
     assertion,
@@ -62,6 +63,12 @@ def provider(place: Path, **options: Any) -> ServiceProvider:
 @pytest.fixture(scope="module")
 def sp(tmp_path_factory: pytest.TempPathFactory) -> ServiceProvider:
     return provider(tmp_path_factory.mktemp("sp"))
+
+
+@pytest.fixture(scope="module")
+def slo(tmp_path_factory: pytest.TempPathFactory) -> ServiceProvider:
+    place = tmp_path_factory.mktemp("slo")
+    return provider(place, saml_idp_logout_url="https://idp.example/slo")
 
 
 def refusal(sp: ServiceProvider, root: Element | bytes) -> Refused:
@@ -110,6 +117,35 @@ def test_a_comment_divides_no_name(sp: ServiceProvider, message: str) -> None:
     if message == "encrypted":
         root = encrypted(root, SP_PAIR)
     assert sp.accept(form(root)).name_id["Value"] == "admin.evil.example"
+
+
+# --- who they are of -------------------------------------------------------------------------
+
+
+def test_a_value_is_somebodys_within_its_format_and_for_its_qualifiers(
+    sp: ServiceProvider, slo: ServiceProvider
+) -> None:
+    email = "urn:oasis:names:tc:SAML:1.1:nameid-format:emailAddress"
+    same: list[dict[str, str | None]] = [
+        {}, {"name_qualifier": IDP}, {"sp_name_qualifier": SP},
+    ]  # fmt: skip
+    others: list[dict[str, str | None]] = [
+        {"name_id": "bob"}, {"format": email}, {"format": None},
+        {"name_qualifier": "a!"}, {"name_qualifier": "a%21"}, {"name_qualifier": "a"},
+        {"name_id": "!alice"}, {"name_qualifier": "a", "name_id": "!alice"},
+    ]  # fmt: skip
+
+    def subject(changes: dict[str, str | None]) -> str:
+        return sp.accept(form(signed(Answer().but(**changes), IDP_PAIR))).subject
+
+    assert {subject(one) for one in same} == {f"{PERSISTENT}!!!alice"}
+    assert len({subject(one) for one in [{}, *others]}) == len(others) + 1
+    assert subject({"format": None}) == subject({"format": UNSPECIFIED})
+    for format in (PERSISTENT, email, None):
+        asked = slo.accept_logout(logout_request(IDP_PAIR, format=format))
+        assert asked.subject == subject({"format": format})
+    others_of = logout_request(IDP_PAIR, sp_name_qualifier="https://other.example")
+    assert slo.accept_logout(others_of).subject != subject({})
 
 
 # --- what they say ---------------------------------------------------------------------------
@@ -382,12 +418,6 @@ def changed(root: Element, chance: random.Random) -> Element:
 
 
 # --- by a query ------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def slo(tmp_path_factory: pytest.TempPathFactory) -> ServiceProvider:
-    place = tmp_path_factory.mktemp("slo")
-    return provider(place, saml_idp_logout_url="https://idp.example/slo")
 
 
 def refused_logout(slo: ServiceProvider, query: str) -> Refused:

@@ -142,8 +142,9 @@ def _profile(
             said.attributes,
             settings,
             issuer=provider.parties.idp,
-            subject=said.name_id["Value"],
+            subject=said.subject,
             source=Source.SAML,
+            name=said.name_id["Value"],
             prefix=provider.prefix,
         )
     except Forbidden as error:
@@ -211,7 +212,7 @@ async def take_saml_logout(
     async with db.write() as session:
         await saml_messages.take(session, wanted.id, wanted.ends_at)
         await saml_messages.end_sessions(
-            session, provider.parties.idp, wanted.name_id, wanted.session_indexes
+            session, provider.parties.idp, wanted.subject, wanted.session_indexes
         )
     relay_state = fields.get("RelayState")
     return _to(await _in_turn(lambda: provider.logged_out_at(wanted.id, relay_state)))

@@ -175,7 +175,7 @@ class ServiceProvider:
             messages.expect_sound(root)
             request.is_valid(received, raise_exceptions=True)
             name_id = request.get_nameid_data(root, self._settings.get_sp_key())
-            return messages.logout(root, name_id, self.parties.idp, self.logout_callback)
+            return messages.logout(root, name_id, self.parties, self.logout_callback)
         except Exception as error:  # noqa: BLE001  what the library raises has no common class
             raise refused(error) from None
 

@@ -149,13 +149,15 @@ class Assertion:
     Attributes:
         request_id: of the request that it answers.
         ends_at: it proves nothing from then on.
-        name_id: its Value is for ever the same person's; Format and qualifiers where there are.
+        subject: for ever the same person's.
+        name_id: its Value; Format and qualifiers where there are.
         attributes: values by name; by friendly name where no name is the same.
     """
 
     id: str
     request_id: str
     ends_at: datetime
+    subject: str
     name_id: Mapping[str, str]
     session_index: str | None
     attributes: Mapping[str, Sequence[Any]]
@@ -167,12 +169,13 @@ class Logout:
 
     Attributes:
         ends_at: it asks for nothing from then on.
+        subject: as in the assertion of the login.
         session_indexes: of the sessions that it means; empty: all.
     """
 
     id: str
     ends_at: datetime
-    name_id: str
+    subject: str
     session_indexes: frozenset[str]
 
 
@@ -290,10 +293,26 @@ def assertion(response: Any, parties: Parties) -> Assertion:
         id=said.get("ID"),
         request_id=request_id,
         ends_at=ends_at,
+        subject=_subject(name_id, parties),
         name_id=name_id,
         session_index=response.get_session_index(),
         attributes={**response.get_friendlyname_attributes(), **response.get_attributes()},
     )
+
+
+def _subject(name_id: Mapping[str, str], parties: Parties) -> str:
+    """Who that is: a value names somebody within its format and for its qualifiers alone.
+
+    Qualifiers that say what holds without them are as if they were not there.
+    """
+    giver, asker = name_id.get("NameQualifier", ""), name_id.get("SPNameQualifier", "")
+    parts = (
+        name_id.get("Format") or Names.NAMEID_UNSPECIFIED,
+        "" if giver == parties.idp else giver,
+        "" if asker == parties.sp else asker,
+        name_id["Value"],
+    )
+    return "!".join(one.replace("%", "%25").replace("!", "%21") for one in parts)
 
 
 def signed_query(text: str) -> dict[str, str]:
@@ -317,13 +336,16 @@ def signed_query(text: str) -> dict[str, str]:
     return query
 
 
-def logout(root: Element, name_id: Mapping[str, str], idp: str, callback: str) -> Logout:
+def logout(root: Element, name_id: Mapping[str, str], parties: Parties, callback: str) -> Logout:
     """What a request says that the library has found valid and signed.
+
+    Args:
+        callback: where it must be meant for, word for word.
 
     Raises:
         Refused: it says too little, or is not meant for us.
     """
-    if [_text(one) for one in _all(root, "./saml:Issuer")] != [idp]:
+    if [_text(one) for one in _all(root, "./saml:Issuer")] != [parties.idp]:
         raise Refused("the request has another issuer", _SENTENCES[Invalid.WRONG_ISSUER])
     if root.get("Destination") != callback:
         raise Refused(f"destination {root.get('Destination')}", _ELSEWHERE)
@@ -336,7 +358,7 @@ def logout(root: Element, name_id: Mapping[str, str], idp: str, callback: str) -
     return Logout(
         id=root.get("ID"),
         ends_at=ends_at,
-        name_id=name_id["Value"],
+        subject=_subject(name_id, parties),
         session_indexes=frozenset(_text(one) for one in _all(root, "./samlp:SessionIndex")),
     )
 
