@@ -79,6 +79,18 @@ def refusal(sp: ServiceProvider, root: Element | bytes) -> Refused:
     return caught.value
 
 
+def _key_beside() -> Element:
+    """Encrypted, the key beside what it is for, as some identity providers have it."""
+    root = etree.fromstring(etree.tostring(encrypted(signed(Answer(), IDP_PAIR), SP_PAIR)))
+    (key,) = root.iterfind(".//{*}EncryptedKey")
+    info, data = key.getparent(), key.getparent().getparent()
+    data.getparent().append(key)
+    key.set("Id", "_key")
+    link = etree.SubElement(info, f"{{{DS}}}RetrievalMethod", URI="#_key")
+    link.set("Type", "http://www.w3.org/2001/04/xmlenc#EncryptedKey")
+    return root
+
+
 # --- good ones -------------------------------------------------------------------------------
 
 
@@ -88,9 +100,10 @@ def refusal(sp: ServiceProvider, root: Element | bytes) -> Refused:
         lambda: signed(Answer(), IDP_PAIR),
         lambda: signed(Answer(), IDP_PAIR, message=True),
         lambda: encrypted(signed(Answer(), IDP_PAIR), SP_PAIR),
+        _key_beside,
         lambda: signed(Answer().but(destination=None), IDP_PAIR),
     ],
-    ids=["assertion-signed", "both-signed", "encrypted", "without-destination"],
+    ids=["assertion-signed", "both-signed", "encrypted", "key-beside", "without-destination"],
 )
 def test_a_good_answer_gets_in(sp: ServiceProvider, make: Callable[[], Element]) -> None:
     said = sp.accept(form(make()))
