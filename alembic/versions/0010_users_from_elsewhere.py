@@ -1,4 +1,4 @@
-"""users of identity providers, known by issuer and subject"""
+"""users of identity providers, known by source, issuer and subject"""
 
 from collections.abc import Sequence
 
@@ -27,12 +27,13 @@ def upgrade() -> None:
         "identities",
         sa.Column("id", types.whole(), nullable=False),
         sa.Column("user_id", types.whole(), nullable=False),
+        sa.Column("source", types.Chars(16), nullable=False),
         sa.Column("issuer", types.Chars(400), nullable=False),
-        sa.Column("subject", types.Chars(256), nullable=False),
+        sa.Column("subject", types.Chars(320), nullable=False),
         sa.Column("created_at", types.Time(), nullable=False),
         sa.ForeignKeyConstraint(["user_id"], ["users.id"], ondelete="CASCADE"),
         sa.PrimaryKeyConstraint("id"),
-        sa.UniqueConstraint("issuer", "subject"),
+        sa.UniqueConstraint("source", "issuer", "subject"),
         sqlite_autoincrement=True,
     )
     op.create_index(op.f("ix_identities_user_id"), "identities", ["user_id"])

@@ -29,6 +29,8 @@ SIGNATURES: Final = frozenset(
         "rsa-sha256", "rsa-sha384", "rsa-sha512", "ecdsa-sha256", "ecdsa-sha384", "ecdsa-sha512",
     )
 )  # fmt: skip
+#: python3-saml makes and checks no others of queries.
+RSA_SIGNATURES: Final = frozenset(one for one in SIGNATURES if "#rsa-" in one)
 DIGESTS: Final = frozenset({_ENC + "sha256", _MORE + "sha384", _ENC + "sha512"})
 
 #: What holds where --saml-security says nothing; what it may say has the type that is here.
@@ -71,7 +73,7 @@ _ALWAYS: Final = {
     "wantNameId": "users are known by their NameID",
 }
 _CHOICES: Final = {
-    "signatureAlgorithm": sorted(one for one in SIGNATURES if "#rsa-" in one),
+    "signatureAlgorithm": sorted(RSA_SIGNATURES),
     "digestAlgorithm": sorted(DIGESTS),
     "requestedAuthnContextComparison": ["exact", "minimum", "maximum", "better"],
 }

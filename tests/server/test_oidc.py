@@ -161,6 +161,10 @@ GOOD: dict[str, tuple[Make, dict[str, Any]]] = {
     "by RSA": (lambda c: signed(c, rsa_key("one")), {}),
     "by an elliptic curve": (lambda c: signed(c, ec_key("two"), "ES256"), {}),
     "without the key's name": (lambda c: signed(c, rsa_key("one"), kid=None), {}),
+    "with its key's certificates": (
+        lambda c: signed(c, rsa_key("one"), x5c=["A" * 1900] * 3),
+        {},
+    ),
     "two audiences": (right, {"aud": [CLIENT, "other"], "azp": CLIENT}),
     "a list of one audience, no hash": (right, {"aud": [CLIENT], "at_hash": None}),
     "valid since then": (right, {"nbf": 0, "exp": 10**11}),
@@ -391,9 +395,11 @@ async def whole_login(it: Provider, fake: FakeOidc) -> None:
 
 
 @asynccontextmanager
-async def provider(fake: FakeOidc, call_s: float = 30) -> AsyncIterator[Provider]:
+async def provider(
+    fake: FakeOidc, call_s: float = 30, whole_s: float = 60
+) -> AsyncIterator[Provider]:
     async with httpx.AsyncClient(trust_env=False, timeout=30) as http:
-        yield Provider(load(options(fake), {}).settings, http, call_s)
+        yield Provider(load(options(fake), {}).settings, http, call_s, whole_s)
 
 
 @pytest.mark.parametrize(
@@ -472,6 +478,27 @@ async def test_a_provider_that_says_nothing_is_not_waited_for(
         with pytest.raises(Unavailable, match=AWAY):
             await it.login_url("secret")
     assert "it does not answer within 0.5 s" in caplog.text
+
+
+@pytest.mark.parametrize("path", ["/token", "/userinfo", "/jwks"])
+async def test_no_browser_waits_for_longer_than_its_gateway(
+    fake: FakeOidc, path: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Which would say that the server does not answer."""
+    async with provider(fake) as it:
+        back = fake.send_back(await it.login_url("secret"))
+    fake.hangs = {path}
+    said = dict(parse_qsl(urlsplit(back).query))
+    more = options(fake, oidc_use_userinfo="true")
+    async with httpx.AsyncClient(trust_env=False, timeout=60) as http:
+        it = Provider(load(more, {}).settings, http, 60, whole_s=0.5)
+        with pytest.raises(Unavailable, match=AWAY):
+            await it.logged_in(said, "secret")
+        assert "longer than 0.5 s together" in caplog.text
+        fake.hangs = {"/jwks"}
+        it = Provider(load(more, {}).settings, http, 60, whole_s=0.5)
+        assert await it.logout_url({"issuer": fake.url}) is None
+    assert caplog.text.count("longer than 0.5 s together") == 2
 
 
 @pytest.mark.parametrize(

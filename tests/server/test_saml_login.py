@@ -22,6 +22,7 @@ from tests.server.conftest import Plane, Start
 from tests.support.saml_messages import (
     CALLBACK,
     IDP,
+    PERSISTENT,
     SP,
     Answer,
     at,
@@ -102,7 +103,8 @@ async def test_a_login_opens_a_session_of_a_user_who_is_made_at_the_first(plane:
     assert await username(another) == "alice@example.org"  # known by the NameID
     async with plane.db.read() as session:
         (known,) = (await session.exec(select(Identity))).all()
-    assert (known.issuer, known.subject) == (IDP, "alice")
+    assert (known.source, known.issuer) == (Source.SAML, IDP)
+    assert known.subject == f"{PERSISTENT}!!!alice"
 
 
 async def test_nobody_else_finishes_a_login(plane: Plane) -> None:
@@ -176,12 +178,18 @@ async def test_refusals_say_what_to_do_and_the_log_why(
     (line,) = [one.getMessage() for one in caplog.records if "SAML answer" in one.getMessage()]
     assert "\n" not in line
     for body, status in ((b"", 400), (b"SAMLResponse=a&SAMLResponse=b", 400), (b"\xff" * 9, 400),
+                         (b"SAMLResponse=a" + b"&x" * 16, 400),
                          (b"SAMLResponse=" + b"a" * 2**20, 413)):  # fmt: skip
         said = await (await plane.client()).post("/auth/saml/callback", content=body)
         assert said.status_code == status
+    many = await (await plane.client()).get("/auth/saml/logout/callback?" + "x=&" * 16)
+    assert (many.status_code, "at most 16 fields" in many.text) == (400, True)
     by_redirect = await (await plane.client()).get("/auth/saml/callback?SAMLResponse=a")
     assert by_redirect.status_code == 400
     assert "HTTP-POST" in by_redirect.json()["message"]
+    other = "urn:oasis:names:tc:SAML:1.1:nameid-format:emailAddress"
+    long = await post(plane, answer_to("_r", name_id="a" * 300, format=other))
+    assert "subject cannot be kept" in long.json()["message"]
     nameless = await post(plane, answer_to("_r", attributes=(("mail", "a@b"),)))
     assert "sent no email" in nameless.json()["message"]
 
@@ -268,7 +276,7 @@ async def test_a_logout_here_is_one_at_the_identity_provider(plane: Plane) -> No
 async def test_other_sessions_of_a_login_elsewhere_go_on(plane: Plane) -> None:
     browser = await plane.through_gateway()
     await login(plane, browser)
-    for more in ({"session_index": "_other"}, {"name_id": "bob"}):
+    for more in ({"session_index": "_other"}, {"name_id": "bob"}, {"format": None}):
         query = logout_request(IDP_PAIR, id=f"_{next(iter(more))}", **more)
         out = await (await plane.client()).get(f"/auth/saml/logout/callback?{query}")
         assert out.status_code == 303, out.text
@@ -293,6 +301,7 @@ async def test_nobody_else_logs_a_user_out(plane: Plane) -> None:
         logout_request(IDP_PAIR, issuer=""),
         logout_request(IDP_PAIR, made_at=at(-900)),
         logout_request(IDP_PAIR, not_on_or_after=at(-5)),
+        f"{good}&%53AMLRequest={logout_request(OTHER)[12:].partition('&')[0]}",
         "SAMLRequest=",
     ):
         said = await stranger.get(f"/auth/saml/logout/callback?{query}")

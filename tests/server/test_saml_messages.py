@@ -11,6 +11,7 @@ import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qs, quote
 
 import pytest
 import xmlsec
@@ -21,10 +22,12 @@ from gpustack.server.auth.saml import ServiceProvider, asked_for, new_browser_se
 from gpustack.server.auth.saml_messages import MESSAGE_BYTES, Refused, decoded
 from tests.support.saml_messages import (
     CALLBACK,
+    DS,
     IDP,
     NS,
     PERSISTENT,
     SP,
+    UNSPECIFIED,
     Answer,
     Element,
     assertion,
@@ -32,6 +35,7 @@ from tests.support.saml_messages import (
     careless,
     encrypted,
     form,
+    logout_request,
     pair,
     response,
     sign,
@@ -61,12 +65,30 @@ def sp(tmp_path_factory: pytest.TempPathFactory) -> ServiceProvider:
     return provider(tmp_path_factory.mktemp("sp"))
 
 
+@pytest.fixture(scope="module")
+def slo(tmp_path_factory: pytest.TempPathFactory) -> ServiceProvider:
+    place = tmp_path_factory.mktemp("slo")
+    return provider(place, saml_idp_logout_url="https://idp.example/slo")
+
+
 def refusal(sp: ServiceProvider, root: Element | bytes) -> Refused:
     with pytest.raises(Refused) as caught:
         sp.accept(form(root))
     assert caught.value.sentence[0].islower()
     assert ": " in caught.value.sentence or ", " in caught.value.sentence  # says what to do
     return caught.value
+
+
+def _key_beside() -> Element:
+    """Encrypted, the key beside what it is for, as some identity providers have it."""
+    root = etree.fromstring(etree.tostring(encrypted(signed(Answer(), IDP_PAIR), SP_PAIR)))
+    (key,) = root.iterfind(".//{*}EncryptedKey")
+    info, data = key.getparent(), key.getparent().getparent()
+    data.getparent().append(key)
+    key.set("Id", "_key")
+    link = etree.SubElement(info, f"{{{DS}}}RetrievalMethod", URI="#_key")
+    link.set("Type", "http://www.w3.org/2001/04/xmlenc#EncryptedKey")
+    return root
 
 
 # --- good ones -------------------------------------------------------------------------------
@@ -78,9 +100,10 @@ def refusal(sp: ServiceProvider, root: Element | bytes) -> Refused:
         lambda: signed(Answer(), IDP_PAIR),
         lambda: signed(Answer(), IDP_PAIR, message=True),
         lambda: encrypted(signed(Answer(), IDP_PAIR), SP_PAIR),
+        _key_beside,
         lambda: signed(Answer().but(destination=None), IDP_PAIR),
     ],
-    ids=["assertion-signed", "both-signed", "encrypted", "without-destination"],
+    ids=["assertion-signed", "both-signed", "encrypted", "key-beside", "without-destination"],
 )
 def test_a_good_answer_gets_in(sp: ServiceProvider, make: Callable[[], Element]) -> None:
     said = sp.accept(form(make()))
@@ -107,6 +130,35 @@ def test_a_comment_divides_no_name(sp: ServiceProvider, message: str) -> None:
     if message == "encrypted":
         root = encrypted(root, SP_PAIR)
     assert sp.accept(form(root)).name_id["Value"] == "admin.evil.example"
+
+
+# --- who they are of -------------------------------------------------------------------------
+
+
+def test_a_value_is_somebodys_within_its_format_and_for_its_qualifiers(
+    sp: ServiceProvider, slo: ServiceProvider
+) -> None:
+    email = "urn:oasis:names:tc:SAML:1.1:nameid-format:emailAddress"
+    same: list[dict[str, str | None]] = [
+        {}, {"name_qualifier": IDP}, {"sp_name_qualifier": SP},
+    ]  # fmt: skip
+    others: list[dict[str, str | None]] = [
+        {"name_id": "bob"}, {"format": email}, {"format": None},
+        {"name_qualifier": "a!"}, {"name_qualifier": "a%21"}, {"name_qualifier": "a"},
+        {"name_id": "!alice"}, {"name_qualifier": "a", "name_id": "!alice"},
+    ]  # fmt: skip
+
+    def subject(changes: dict[str, str | None]) -> str:
+        return sp.accept(form(signed(Answer().but(**changes), IDP_PAIR))).subject
+
+    assert {subject(one) for one in same} == {f"{PERSISTENT}!!!alice"}
+    assert len({subject(one) for one in [{}, *others]}) == len(others) + 1
+    assert subject({"format": None}) == subject({"format": UNSPECIFIED})
+    for format in (PERSISTENT, email, None):
+        asked = slo.accept_logout(logout_request(IDP_PAIR, format=format))
+        assert asked.subject == subject({"format": format})
+    others_of = logout_request(IDP_PAIR, sp_name_qualifier="https://other.example")
+    assert slo.accept_logout(others_of).subject != subject({})
 
 
 # --- what they say ---------------------------------------------------------------------------
@@ -234,6 +286,49 @@ def test_keys_are_not_encrypted_in_a_way_that_lets_strangers_decrypt(sp: Service
     assert "rsa-1_5" in refusal(sp, root).reason
 
 
+def test_what_is_encrypted_is_so_by_aes(sp: ServiceProvider) -> None:
+    """By RSA, strangers could ask what a key decrypts, past the list of ways to encrypt keys."""
+    good = etree.tostring(encrypted(signed(Answer(), IDP_PAIR), SP_PAIR))
+    aes = b"http://www.w3.org/2009/xmlenc11#aes256-gcm"
+    assert aes in good
+    for other in ("rsa-1_5", "rsa-oaep-mgf1p", "tripledes-cbc"):
+        forged = good.replace(aes, f"http://www.w3.org/2001/04/xmlenc#{other}".encode())
+        assert refusal(sp, forged).reason.endswith(f"#{other} is not taken")
+
+
+_XENC = 'xmlns:xenc="http://www.w3.org/2001/04/xmlenc#"'
+_AWAY = 'URI="file:///nowhere/gpustack"'
+_REFERENCE = f"<xenc:CipherReference {_XENC} {_AWAY}/>"
+#: What is put in front of the key's own KeyInfo, or instead of the encrypted bytes -> its name.
+_LEADING_AWAY = {
+    _REFERENCE: "CipherReference",
+    f'<ds:RetrievalMethod xmlns:ds="{DS}" {_AWAY} '
+    'Type="http://www.w3.org/2001/04/xmlenc#EncryptedKey"/>': "RetrievalMethod",
+    f'<ds:RetrievalMethod xmlns:ds="{DS}" URI="#xpointer(//x)" '
+    'Type="http://www.w3.org/2001/04/xmlenc#EncryptedKey"/>': "RetrievalMethod",
+    f'<ds:RetrievalMethod xmlns:ds="{DS}" URI="#x"><ds:Transforms/></ds:RetrievalMethod>': (
+        "RetrievalMethod"
+    ),
+    '<x:KeyInfoReference xmlns:x="http://www.w3.org/2009/xmldsig11#" '
+    f"{_AWAY}/>": "KeyInfoReference",
+    '<x:DerivedKey xmlns:x="http://www.w3.org/2009/xmlenc11#"/>': "DerivedKey",
+    f"<xenc:AgreementMethod {_XENC}/>": "AgreementMethod",
+}
+
+
+@pytest.mark.parametrize("placed", _LEADING_AWAY, ids=range(len(_LEADING_AWAY)))
+def test_no_file_is_opened_for_a_stranger(sp: ServiceProvider, placed: str) -> None:
+    """Nor a key computed for as long as he says. /dev/zero would be read to the end."""
+    root = etree.fromstring(etree.tostring(encrypted(signed(Answer(), IDP_PAIR), SP_PAIR)))
+    node = etree.fromstring(placed)
+    if placed == _REFERENCE:
+        (data,) = root.iterfind(".//{*}EncryptedData/{*}CipherData")
+        data[:] = [node]
+    else:
+        root.find(".//{*}EncryptedData/{*}KeyInfo").insert(0, node)
+    assert refusal(sp, root).reason.startswith(_LEADING_AWAY[placed])
+
+
 @pytest.mark.parametrize("number", range(1, 9), ids=lambda number: f"xsw{number}")
 def test_wrapped_signatures_fool_the_careless_only(sp: ServiceProvider, number: int) -> None:
     good = signed(Answer(), IDP_PAIR, message=number <= 2, assertions=number > 2)
@@ -333,6 +428,49 @@ def changed(root: Element, chance: random.Random) -> Element:
         case _:
             one.text = VICTIM
     return root
+
+
+# --- by a query ------------------------------------------------------------------------------
+
+
+def refused_logout(slo: ServiceProvider, query: str) -> Refused:
+    with pytest.raises(Refused) as caught:
+        slo.accept_logout(query)
+    return caught.value
+
+
+@pytest.mark.parametrize("name", ["SAMLRequest", "RelayState", "SigAlg", "Signature"])
+def test_a_query_cannot_be_read_in_two_ways(slo: ServiceProvider, name: str) -> None:
+    """The signature is of the names as they are written: another's must not carry a forged one."""
+    own, forged = (logout_request(IDP_PAIR), logout_request(OTHER, name_id=VICTIM))
+    assert slo.accept_logout(own).id == "_logout"
+    value = quote(parse_qs(forged)[name][0], safe="")
+    hidden = f"%{ord(name[0]):02x}{name[1:]}"
+    for query in (
+        f"{own}&{hidden}={value}",
+        f"{hidden}={value}&{own}",
+        f"{own}&{name}={value}",
+        own.replace(f"{name}=", f"{hidden}="),
+        f"{own}&{name}",
+    ):
+        assert refused_logout(slo, query).reason.startswith(f"{name} is there twice"), query
+
+
+def test_a_query_is_signed_as_it_says(slo: ServiceProvider) -> None:
+    """The library takes ECDSA for RSA."""
+    query = logout_request(IDP_PAIR, algorithm="ecdsa-sha256")
+    assert refused_logout(slo, query).reason.endswith("#ecdsa-sha256")
+
+
+def test_no_file_is_opened_for_a_logout(slo: ServiceProvider) -> None:
+    key = f'<ds:KeyInfo xmlns:ds="{DS}"><ds:KeyName>x</ds:KeyName></ds:KeyInfo>'
+    method = '<xenc:EncryptionMethod Algorithm="http://www.w3.org/2009/xmlenc11#aes256-gcm"/>'
+    data = (
+        f"<xenc:EncryptedData {_XENC}>{method}{key}<xenc:CipherData>{_REFERENCE}</xenc:CipherData>"
+        "</xenc:EncryptedData>"
+    )
+    refused = refused_logout(slo, logout_request(IDP_PAIR, encrypted_id=data))
+    assert refused.reason == "CipherReference is not taken"
 
 
 # --- whose they are --------------------------------------------------------------------------

@@ -10,20 +10,22 @@ import html
 import json
 import secrets
 import sys
-from functools import cached_property
+from functools import cached_property, partial
 from http.cookies import SimpleCookie
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
 import httpx
-from saml2 import BINDING_HTTP_POST, BINDING_HTTP_REDIRECT
+from saml2 import BINDING_HTTP_POST, BINDING_HTTP_REDIRECT, entity
 from saml2.config import IdPConfig
 from saml2.saml import NAMEID_FORMAT_PERSISTENT, NameID
 from saml2.server import Server
+from saml2.sigver import pre_encryption_part
 from saml2.xmldsig import DIGEST_SHA256, SIG_RSA_SHA256
 
 PASSWORD_CONTEXT = "urn:oasis:names:tc:SAML:2.0:ac:classes:PasswordProtectedTransport"
+AES256_GCM = "http://www.w3.org/2009/xmlenc11#aes256-gcm"
 PEOPLE = {
     "alice": {"mail": ["alice@example.org"], "givenName": ["Alice"], "sn": ["Liddell"]},
     "bob": {"mail": ["bob@example.org"], "givenName": ["Bob"], "sn": ["Builder"]},
@@ -46,7 +48,7 @@ class Provider:
     @cached_property
     def server(self) -> Any:
         metadata = httpx.get(self._sp, trust_env=False).text
-        return Server(config=IdPConfig().load(
+        server = Server(config=IdPConfig().load(
             {
                 "entityid": f"{self.base}/metadata",
                 "key_file": self._key,
@@ -72,6 +74,10 @@ class Provider:
                 },
             }
         ))  # fmt: skip
+        # By itself it encrypts with triple DES, and has no option for that.
+        entity.pre_encryption_part = partial(pre_encryption_part, msg_enc=AES256_GCM)
+        server.sec.encrypt_assertion = partial(server.sec.encrypt_assertion, key_type="aes-256")
+        return server
 
     def form(self, query: dict[str, str]) -> str:
         """The page that asks who is there."""

@@ -26,6 +26,7 @@ Element = Any
 P, A = "urn:oasis:names:tc:SAML:2.0:protocol", "urn:oasis:names:tc:SAML:2.0:assertion"
 DS = "http://www.w3.org/2000/09/xmldsig#"
 NS = {"samlp": P, "saml": A, "ds": DS}
+UNSPECIFIED = "urn:oasis:names:tc:SAML:1.1:nameid-format:unspecified"
 IDP, SP = "https://idp.example/metadata", "https://gpu.example/sp"
 CALLBACK = "https://gpu.example/auth/saml/callback"
 PERSISTENT = "urn:oasis:names:tc:SAML:2.0:nameid-format:persistent"
@@ -86,7 +87,9 @@ class Answer:
     recipient: str | None = CALLBACK
     destination: str | None = CALLBACK
     name_id: str = "alice"
-    format: str = PERSISTENT
+    format: str | None = PERSISTENT
+    name_qualifier: str | None = None
+    sp_name_qualifier: str | None = None
     not_before: str = field(default_factory=lambda: at(-60))
     not_on_or_after: str = field(default_factory=lambda: at(300))
     confirmed_until: str | None = field(default_factory=lambda: at(300))
@@ -121,7 +124,7 @@ def response(answer: Answer) -> Element:
 <samlp:Status><samlp:StatusCode Value="{answer.status}"/></samlp:Status>
 <saml:Assertion ID="{answer.assertion_id}" Version="2.0" IssueInstant="{at(0)}">
 <saml:Issuer>{answer.issuer}</saml:Issuer>
-<saml:Subject><saml:NameID Format="{answer.format}">{answer.name_id}</saml:NameID>
+<saml:Subject><saml:NameID{_optional("Format", answer.format)}{_optional("NameQualifier", answer.name_qualifier)}{_optional("SPNameQualifier", answer.sp_name_qualifier)}>{answer.name_id}</saml:NameID>
 <saml:SubjectConfirmation Method="urn:oasis:names:tc:SAML:2.0:cm:bearer">
 <saml:SubjectConfirmationData{_optional("Recipient", answer.recipient)}{_optional("InResponseTo", answer.confirmed_request)}{_optional("NotOnOrAfter", answer.confirmed_until)}/>
 </saml:SubjectConfirmation></saml:Subject>
@@ -215,28 +218,43 @@ def logout_request(
     *,
     id: str = "_logout",
     name_id: str = "alice",
+    format: str | None = PERSISTENT,
+    sp_name_qualifier: str | None = None,
     session_index: str | None = None,
     issuer: str = IDP,
     destination: str | None = "https://gpu.example/auth/saml/logout/callback",
     made_at: str | None = None,
     not_on_or_after: str | None = None,
     relay_state: str = "x",
+    algorithm: str = "rsa-sha256",
+    encrypted_id: str | None = None,
 ) -> str:
-    """A query that asks to end sessions, signed as the redirect binding has it."""
+    """A query that asks to end sessions, signed as the redirect binding has it.
+
+    Args:
+        algorithm: that it says; it is signed by rsa-sha256 all the same.
+        encrypted_id: XML, instead of a NameID.
+    """
     index = (
         "" if session_index is None else f"<samlp:SessionIndex>{session_index}</samlp:SessionIndex>"
+    )
+    name = (
+        f"<saml:NameID{_optional('Format', format)}"
+        f"{_optional('SPNameQualifier', sp_name_qualifier)}>{name_id}</saml:NameID>"
+        if encrypted_id is None
+        else f"<saml:EncryptedID>{encrypted_id}</saml:EncryptedID>"
     )
     xml = (
         f'<samlp:LogoutRequest xmlns:samlp="{P}" xmlns:saml="{A}" ID="{id}" Version="2.0" '
         f'IssueInstant="{made_at or at(0)}"{_optional("Destination", destination)}'
         f"{_optional('NotOnOrAfter', not_on_or_after)}><saml:Issuer>{issuer}</saml:Issuer>"
-        f'<saml:NameID Format="{PERSISTENT}">{name_id}</saml:NameID>{index}</samlp:LogoutRequest>'
+        f"{name}{index}</samlp:LogoutRequest>"
     )
     query = urlencode(
         {
             "SAMLRequest": base64.b64encode(zlib.compress(xml.encode())[2:-4]).decode(),
             "RelayState": relay_state,
-            "SigAlg": "http://www.w3.org/2001/04/xmldsig-more#rsa-sha256",
+            "SigAlg": f"http://www.w3.org/2001/04/xmldsig-more#{algorithm}",
         }
     )
     key = serialization.load_pem_private_key(by.key.encode(), None)

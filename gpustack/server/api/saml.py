@@ -36,6 +36,8 @@ router = APIRouter(prefix="/auth/saml", tags=["auth"], route_class=_Route)
 
 #: Of a form; base64 and percent signs make three bytes of two.
 BODY_LIMIT: Final = 512 * 1024
+#: An identity provider sends four.
+_MOST_FIELDS: Final = 16
 METADATA_TYPE: Final = "application/samlmetadata+xml"
 
 _in_turn = InTurn("saml")
@@ -97,7 +99,7 @@ async def take_saml_response(
     request: Request, db: Db, provider: Provider, sender: Stranger
 ) -> Response:
     """Take the identity provider's answer, which it has the browser post here."""
-    form = parse_qsl((await raw_body(request, BODY_LIMIT)).decode(errors="replace"))
+    form = _fields(await raw_body(request, BODY_LIMIT))
     answers = [value for name, value in form if name == "SAMLResponse"]
     if len(answers) != 1:
         raise BadRequest("want a form with one SAMLResponse: logins begin at /auth/saml/login")
@@ -140,8 +142,9 @@ def _profile(
             said.attributes,
             settings,
             issuer=provider.parties.idp,
-            subject=said.name_id["Value"],
+            subject=said.subject,
             source=Source.SAML,
+            name=said.name_id["Value"],
             prefix=provider.prefix,
         )
     except Forbidden as error:
@@ -184,7 +187,7 @@ async def finish_saml_login(
 
 
 @router.get("/logout/callback", status_code=303, response_class=Response)
-@raises(Forbidden, TooMany)
+@raises(BadRequest, Forbidden, TooMany)
 async def take_saml_logout(
     request: Request, db: Db, provider: Provider, sender: Stranger
 ) -> Response:
@@ -196,9 +199,11 @@ async def take_saml_logout(
 
     if not provider.single_logout:
         raise NotFound("this server has no single logout: see --saml-idp-logout-url")
-    if "SAMLRequest" not in request.query_params:
+    query: bytes = request.scope["query_string"]
+    fields = dict(_fields(query))
+    if "SAMLRequest" not in fields:
         return _to("/")
-    text = request.scope["query_string"].decode(errors="replace")
+    text = query.decode(errors="replace")
     try:
         wanted = await _in_turn(lambda: provider.accept_logout(text))
     except Refused as error:
@@ -207,10 +212,25 @@ async def take_saml_logout(
     async with db.write() as session:
         await saml_messages.take(session, wanted.id, wanted.ends_at)
         await saml_messages.end_sessions(
-            session, provider.parties.idp, wanted.name_id, wanted.session_indexes
+            session, provider.parties.idp, wanted.subject, wanted.session_indexes
         )
-    relay_state = request.query_params.get("RelayState")
+    relay_state = fields.get("RelayState")
     return _to(await _in_turn(lambda: provider.logged_out_at(wanted.id, relay_state)))
+
+
+def _fields(raw: bytes) -> list[tuple[str, str]]:
+    """Of a form or a query, in their order.
+
+    Raises:
+        BadRequest: there are too many.
+    """
+    text = raw.decode(errors="replace")
+    try:
+        return parse_qsl(text, keep_blank_values=True, max_num_fields=_MOST_FIELDS)
+    except ValueError:
+        raise BadRequest(
+            f"want at most {_MOST_FIELDS} fields: logins begin at /auth/saml/login"
+        ) from None
 
 
 def _to(url: str, *cookies: str) -> Response:

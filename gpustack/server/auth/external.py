@@ -1,4 +1,5 @@
-"""Users from elsewhere: an identity provider says who they are, issuer and subject who is who.
+"""Users from elsewhere: an identity provider says who they are, and its kind,
+issuer and subject who is who.
 
 Never by a name: names are chosen by people, there and here.
 """
@@ -51,7 +52,7 @@ class Profile:
     """What an identity provider says of a user who has logged in there.
 
     Attributes:
-        issuer, subject: who it is, for ever.
+        source, issuer, subject: who it is, for ever.
         username: wanted at the first login; one that may be a user's name.
         full_name: None: the provider says none, and what is known stays.
         avatar_url: of http or https; None: there is none.
@@ -72,12 +73,14 @@ def profile(
     issuer: str,
     subject: str,
     source: Source,
+    name: str | None = None,
     prefix: str = "",
 ) -> Profile:
     """PURE: a profile of what was checked before.
 
     Args:
         said: claims or attributes; of several values the first counts.
+        name: the user name where nothing else is one; None: the subject.
         prefix: of the names of the attributes that are read.
 
     Raises:
@@ -95,7 +98,7 @@ def profile(
             )
     else:
         wanted = next(
-            (text for name in _NAMES if (text := _text(said.get(prefix + name)))), subject
+            (text for one in _NAMES if (text := _text(said.get(prefix + one)))), name or subject
         )
     parts = (settings.external_auth_full_name or _FULL_NAME).split("+")
     full_name = " ".join(text for part in parts if (text := _text(said.get(prefix + part.strip()))))
@@ -174,7 +177,11 @@ async def log_in(
 async def _log_in(
     db: Database, who: Profile, peer: str, provider_session: dict[str, Any] | None
 ) -> str:
-    these = (Identity.issuer == who.issuer, Identity.subject == who.subject)
+    these = (
+        Identity.source == who.source,
+        Identity.issuer == who.issuer,
+        Identity.subject == who.subject,
+    )
     async with db.write() as session:
         found = (await session.exec(select(Identity.user_id).where(*these))).one_or_none()
         user = None if found is None else await find(session, User, found)
@@ -208,7 +215,9 @@ async def _make(session: WriteSession, who: Profile) -> User:
     session.add(user)
     await session.flush()
     assert user.id is not None  # noqa: S101  it was flushed
-    session.add(Identity(user_id=user.id, issuer=who.issuer, subject=who.subject))
+    session.add(
+        Identity(user_id=user.id, source=who.source, issuer=who.issuer, subject=who.subject)
+    )
     await session.flush()
     return user
 

@@ -24,6 +24,12 @@ KEY_TYPES: Final[Mapping[str, str]] = {
 LEEWAY_S: Final = 60
 
 
+class _Registry(jws.JWSRegistry):
+    """Some providers send the chain of the key's certificates along: no reason to refuse it."""
+
+    max_header_length = 16 * 1024
+
+
 class Untrusted(Exception):
     """It is not. Says why, without anything of the token but names of its parts."""
 
@@ -61,7 +67,7 @@ def check(token: str, keys: Sequence[Mapping[str, Any]], wanted: Expected) -> di
         Untrusted: it is not to be believed.
     """
     try:
-        read = jws.extract_compact(token.encode())
+        read = jws.extract_compact(token.encode(), registry=_Registry())
     except (JoseError, ValueError, TypeError, RecursionError):
         raise Untrusted("it is no signed token") from None
     header = read.headers()
@@ -87,7 +93,7 @@ def _fits(key: Mapping[str, Any], algorithm: str, kid: object) -> bool:
 
 
 def _signed(token: str, key: Mapping[str, Any], algorithm: str) -> bool:
-    registry = jws.JWSRegistry(algorithms=[algorithm], strict_check_header=False)
+    registry = _Registry(algorithms=[algorithm], strict_check_header=False)
     try:
         jws.deserialize_compact(token, JWKRegistry.import_key(dict(key)), registry=registry)
     except (JoseError, ValueError, TypeError, KeyError):

@@ -36,6 +36,8 @@ CALLBACK: Final = "/auth/oidc/callback"
 SCOPE: Final = "openid profile email"
 #: The provider's whole answer is waited for so long, seconds, and read so far.
 CALL_S: Final = 10.0
+#: All that is asked of it while a browser waits, together: a gateway gives up after 30 s.
+WHOLE_S: Final = 25.0
 ANSWER_BYTES: Final = 2**20
 #: What the provider says of itself, its keys among it, is asked for again after this time.
 KEEP_S: Final = 600.0
@@ -142,12 +144,19 @@ class Provider:
     Args:
         http: through which it is called.
         call_s: its whole answer is waited for so long.
+        whole_s: all its answers to what one browser wants are.
     """
 
-    def __init__(self, settings: Settings, http: httpx.AsyncClient, call_s: float = CALL_S) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        http: httpx.AsyncClient,
+        call_s: float = CALL_S,
+        whole_s: float = WHOLE_S,
+    ) -> None:
         self._settings = settings
         self._http = http
-        self._call_s = call_s
+        self._call_s, self._whole_s = call_s, whole_s
         self._calls = asyncio.Semaphore(CALLS)
         self._known: Metadata | None = None
         self.issuer = settings.oidc_issuer or ""
@@ -195,6 +204,10 @@ class Provider:
         """
         if not secret or not same(said.get("state", ""), _state(secret)):
             raise Unauthorized(_NOT_BEGUN.format(self.home))
+        async with self._in_time():
+            return await self._logged_in(said, secret)
+
+    async def _logged_in(self, said: Mapping[str, str], secret: str) -> Profile:
         known = await self._metadata()
         named = said.get("iss")
         if named != known.issuer and (named is not None or known.names_itself):
@@ -294,7 +307,9 @@ class Provider:
         The ID token is not kept to be shown there: the provider may ask whether to log out.
         """
         try:
-            known = self._known or await self._metadata()  # whoever leaves does not wait for news
+            async with self._in_time():
+                # Whoever leaves does not wait for news.
+                known = self._known or await self._metadata()
         except Unavailable:
             return None
         if known.end_session_endpoint is None or provider_session.get("issuer") != known.issuer:
@@ -306,6 +321,20 @@ class Provider:
         return url
 
     # --- calls ---------------------------------------------------------------------------------
+
+    @asynccontextmanager
+    async def _in_time(self) -> AsyncIterator[None]:
+        """What a browser waits for.
+
+        Raises:
+            Unavailable: it takes too long.
+        """
+        try:
+            async with asyncio.timeout(self._whole_s):
+                yield
+        except TimeoutError:
+            why = f"its answers take longer than {self._whole_s:g} s together"
+            raise self._away(self.issuer, why) from None
 
     async def _metadata(self, *, anew: bool = False) -> Metadata:
         if self._known is None or anew or self._known.until <= time.monotonic():

@@ -22,7 +22,7 @@ import time
 from collections.abc import Mapping
 from copy import deepcopy
 from typing import Any, Final
-from urllib.parse import parse_qsl, urlencode, urljoin, urlsplit
+from urllib.parse import urlencode, urljoin, urlsplit
 from xml.sax.saxutils import escape
 
 from onelogin.saml2.auth import OneLogin_Saml2_Auth
@@ -160,22 +160,22 @@ class ServiceProvider:
         Raises:
             Refused: it is not signed, or for any other reason.
         """
-        query = dict(parse_qsl(query_string, keep_blank_values=True))
-        received = _received_at(self.logout_callback) | {
-            "get_data": query, "query_string": query_string, "validate_signature_from_qs": True,
-        }  # fmt: skip
         try:
+            query = messages.signed_query(query_string)
+            received = _received_at(self.logout_callback) | {
+                "get_data": query, "query_string": query_string, "validate_signature_from_qs": True,
+            }  # fmt: skip
             # The library has no limit.
             messages.decoded(query.get("SAMLRequest", ""), deflated=True)
-            messages.expect_signed(query)
             library = OneLogin_Saml2_Auth(received, old_settings=self._settings)
             if not library.validate_request_signature(query):
                 raise Refused(str(library.get_last_error_reason()), messages.UNSIGNED)  # noqa: TRY301
             request = OneLogin_Saml2_Logout_Request(self._settings, query["SAMLRequest"])
-            request.is_valid(received, raise_exceptions=True)
             root = messages.tree(request.get_xml().encode())
+            messages.expect_sound(root)
+            request.is_valid(received, raise_exceptions=True)
             name_id = request.get_nameid_data(root, self._settings.get_sp_key())
-            return messages.logout(root, name_id, self.parties.idp, self.logout_callback)
+            return messages.logout(root, name_id, self.parties, self.logout_callback)
         except Exception as error:  # noqa: BLE001  what the library raises has no common class
             raise refused(error) from None
 

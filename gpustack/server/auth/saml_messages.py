@@ -9,11 +9,13 @@ All errors are `Refused`; their sentences go to whoever logs in, their reasons t
 
 import base64
 import binascii
+import re
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final
+from urllib.parse import parse_qsl
 
 from lxml import etree
 from onelogin.saml2.constants import OneLogin_Saml2_Constants as Names
@@ -21,7 +23,7 @@ from onelogin.saml2.errors import OneLogin_Saml2_ValidationError as Invalid
 from onelogin.saml2.utils import OneLogin_Saml2_Utils as Utils
 from onelogin.saml2.xml_utils import OneLogin_Saml2_XML as Xml
 
-from gpustack.config.saml import DIGESTS, SIGNATURES
+from gpustack.config.saml import DIGESTS, RSA_SIGNATURES, SIGNATURES
 
 Element = Any
 
@@ -31,6 +33,8 @@ MESSAGE_BYTES: Final = 256 * 1024
 REQUEST_ID_LENGTH: Final = 65
 #: Of a request to log out, from when it was made; clocks differ.
 LOGOUT_LIFE: Final = timedelta(minutes=5)
+#: What the redirect binding signs, and the signature.
+_OF_QUERY: Final = ("SAMLRequest", "RelayState", "SigAlg", "Signature")
 _TRANSFORMS: Final = {
     "http://www.w3.org/2000/09/xmldsig#enveloped-signature",
     "http://www.w3.org/2001/10/xml-exc-c14n#",
@@ -44,6 +48,15 @@ _KEY_TRANSPORTS: Final = {
     "http://www.w3.org/2001/04/xmlenc#rsa-oaep-mgf1p",
     "http://www.w3.org/2009/xmlenc11#rsa-oaep",
 }
+#: Of what is encrypted: never a private key's, which would get around the list above.
+_CIPHERS: Final = {
+    *(f"http://www.w3.org/2001/04/xmlenc#aes{bits}-cbc" for bits in (128, 192, 256)),
+    *(f"http://www.w3.org/2009/xmlenc11#aes{bits}-gcm" for bits in (128, 192, 256)),
+}
+#: What xmlsec opens files and URLs for, or computes keys with for as long as a stranger says.
+_LEADS_ELSEWHERE: Final = {
+    "CipherReference", "KeyInfoReference", "DerivedKey", "AgreementMethod",
+}  # fmt: skip
 
 _AGAIN: Final = "log in again; if that does not help, "
 _UNCLEAR: Final = (
@@ -136,13 +149,15 @@ class Assertion:
     Attributes:
         request_id: of the request that it answers.
         ends_at: it proves nothing from then on.
-        name_id: its Value is for ever the same person's; Format and qualifiers where there are.
+        subject: for ever the same person's.
+        name_id: its Value; Format and qualifiers where there are.
         attributes: values by name; by friendly name where no name is the same.
     """
 
     id: str
     request_id: str
     ends_at: datetime
+    subject: str
     name_id: Mapping[str, str]
     session_index: str | None
     attributes: Mapping[str, Sequence[Any]]
@@ -154,12 +169,13 @@ class Logout:
 
     Attributes:
         ends_at: it asks for nothing from then on.
+        subject: as in the assertion of the login.
         session_indexes: of the sessions that it means; empty: all.
     """
 
     id: str
     ends_at: datetime
-    name_id: str
+    subject: str
     session_indexes: frozenset[str]
 
 
@@ -197,10 +213,15 @@ def expect_sound(root: Element) -> None:
     """Whatever has to be computed of the message, decryption and signatures, may be.
 
     Raises:
-        Refused: an algorithm is too weak, or does not belong here.
+        Refused: an algorithm is too weak or does not belong here, or files would be opened.
     """
-    for method in _all(root, "//xenc:EncryptedKey/xenc:EncryptionMethod"):
-        _expect_known(method, _KEY_TRANSPORTS)
+    _expect_within(root)
+    for query, ways in (
+        ("//xenc:EncryptedKey/xenc:EncryptionMethod", _KEY_TRANSPORTS),
+        ("//xenc:EncryptedData/xenc:EncryptionMethod", _CIPHERS),
+    ):
+        for method in _all(root, query):
+            _expect_known(method, ways)
     for signature in _all(root, "//ds:Signature"):
         references = _all(signature, "./ds:SignedInfo/ds:Reference")
         if len(references) != 1:
@@ -217,6 +238,22 @@ def expect_sound(root: Element) -> None:
         ):
             for method in _all(signature, query):
                 _expect_known(method, known)
+
+
+def _expect_within(root: Element) -> None:
+    """All that has to be read for it is in it. In any name space: which ones count, xmlsec knows.
+
+    Raises:
+        Refused: it is not.
+    """
+    for node in root.iter("{*}*"):
+        name = etree.QName(node).localname
+        if name in _LEADS_ELSEWHERE:
+            raise Refused(f"{name} is not taken")
+        if name == "RetrievalMethod":
+            uri = node.get("URI", "")
+            if re.fullmatch(r"#[\w.-]+", uri) is None or len(node):
+                raise Refused(f"RetrievalMethod of {uri} is not taken")
 
 
 def _expect_known(method: Element, known: Any) -> None:
@@ -256,29 +293,59 @@ def assertion(response: Any, parties: Parties) -> Assertion:
         id=said.get("ID"),
         request_id=request_id,
         ends_at=ends_at,
+        subject=_subject(name_id, parties),
         name_id=name_id,
         session_index=response.get_session_index(),
         attributes={**response.get_friendlyname_attributes(), **response.get_attributes()},
     )
 
 
-def expect_signed(query: Mapping[str, str]) -> None:
+def _subject(name_id: Mapping[str, str], parties: Parties) -> str:
+    """Who that is: a value names somebody within its format and for its qualifiers alone.
+
+    Qualifiers that say what holds without them are as if they were not there.
+    """
+    giver, asker = name_id.get("NameQualifier", ""), name_id.get("SPNameQualifier", "")
+    parts = (
+        name_id.get("Format") or Names.NAMEID_UNSPECIFIED,
+        "" if giver == parties.idp else giver,
+        "" if asker == parties.sp else asker,
+        name_id["Value"],
+    )
+    return "!".join(one.replace("%", "%25").replace("!", "%21") for one in parts)
+
+
+def signed_query(text: str) -> dict[str, str]:
     """A message of the redirect binding is signed as it may be; not yet that it is signed right.
 
+    Signatures are of the text, in which names are looked for as they are: what else decodes to
+    such a name would be read, and not be signed.
+
     Raises:
-        Refused: it is not.
+        Refused: it is not, or can be read in two ways.
     """
-    if "Signature" not in query or query.get("SigAlg") not in SIGNATURES:
+    said = parse_qsl(text, keep_blank_values=True)
+    names, parts = [name for name, _ in said], text.split("&")
+    for name in _OF_QUERY:
+        written = sum(part.startswith(f"{name}=") for part in parts)
+        if not names.count(name) == written <= 1:
+            raise Refused(f"{name} is there twice, or written with percent signs", UNSIGNED)
+    query = dict(said)
+    if "Signature" not in query or query.get("SigAlg") not in RSA_SIGNATURES:
         raise Refused(f"signed with {query.get('SigAlg')}", UNSIGNED)
+    return query
 
 
-def logout(root: Element, name_id: Mapping[str, str], idp: str, callback: str) -> Logout:
+def logout(root: Element, name_id: Mapping[str, str], parties: Parties, callback: str) -> Logout:
     """What a request says that the library has found valid and signed.
+
+    Args:
+        callback: where it must be meant for, word for word.
 
     Raises:
         Refused: it says too little, or is not meant for us.
     """
-    if [_text(one) for one in _all(root, "./saml:Issuer")] != [idp]:
+    if [_text(one) for one in _all(root, "./saml:Issuer")] != [parties.idp]:
         raise Refused("the request has another issuer", _SENTENCES[Invalid.WRONG_ISSUER])
     if root.get("Destination") != callback:
         raise Refused(f"destination {root.get('Destination')}", _ELSEWHERE)
@@ -291,7 +358,7 @@ def logout(root: Element, name_id: Mapping[str, str], idp: str, callback: str) -
     return Logout(
         id=root.get("ID"),
         ends_at=ends_at,
-        name_id=name_id["Value"],
+        subject=_subject(name_id, parties),
         session_indexes=frozenset(_text(one) for one in _all(root, "./samlp:SessionIndex")),
     )
 

@@ -10,6 +10,7 @@ from sqlmodel import col, select
 from gpustack.errors import Forbidden
 from gpustack.lib.secrets import digest
 from gpustack.schemas.credentials import CredentialKind
+from gpustack.schemas.users import Source
 from gpustack.server.db.database import WriteSession
 from gpustack.server.db.tables import Credential, Identity, SamlMessage
 
@@ -63,14 +64,16 @@ async def redeem(session: WriteSession, message: SamlMessage) -> dict[str, Any]:
 
 
 async def end_sessions(
-    session: WriteSession, issuer: str, name_id: str, session_indexes: Set[str]
+    session: WriteSession, issuer: str, subject: str, session_indexes: Set[str]
 ) -> None:
     """End what a user's logins at the identity provider opened.
 
     Args:
         session_indexes: of those logins; empty: all of them.
     """
-    these = (Identity.issuer == issuer, Identity.subject == name_id)
+    these = (
+        Identity.source == Source.SAML, Identity.issuer == issuer, Identity.subject == subject,
+    )  # fmt: skip
     user_id = (await session.exec(select(Identity.user_id).where(*these))).one_or_none()
     if user_id is None:
         return

@@ -18,8 +18,8 @@ from gpustack.schemas.models import AccessPolicy
 from gpustack.schemas.users import Source
 from gpustack.server.db import types
 
-#: Of what an identity provider says; together they fit into MySQL's longest index.
-ISSUER_LENGTH, SUBJECT_LENGTH = 400, 256
+#: Of what an identity provider says; with its source they fit into MySQL's longest index.
+ISSUER_LENGTH, SUBJECT_LENGTH = 400, 320
 
 
 def now() -> datetime:
@@ -148,16 +148,21 @@ class User(SQLModel, table=True):
 
 
 class Identity(SQLModel, table=True):
-    """By what an identity provider knows a user. Never changed."""
+    """By what an identity provider knows a user. Never changed.
+
+    Attributes:
+        source: what the provider speaks: its names of one kind are not those of another.
+    """
 
     __tablename__ = "identities"
     __table_args__ = (
-        UniqueConstraint("issuer", "subject"),
+        UniqueConstraint("source", "issuer", "subject"),
         {"sqlite_autoincrement": True},
     )
 
     id: int | None = _id(default=None, primary_key=True)
     user_id: int = _id(foreign_key="users.id", ondelete="CASCADE", index=True)
+    source: str = _text(16)
     issuer: str = _text(ISSUER_LENGTH)
     subject: str = _text(SUBJECT_LENGTH)
     created_at: datetime = _time(default_factory=now)
