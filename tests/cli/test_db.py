@@ -394,8 +394,9 @@ def test_the_node_is_found_by_its_config_file(used: Path, tmp_path: Path) -> Non
 
 @pytest.mark.slow
 def test_a_postgresql_of_the_nodes_own_is_backed_up_with_the_node_and_without(
-    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
+    tmp_path = tmp_path_factory.mktemp("own")  # short: a socket is below it
     node = Node(tmp_path / "node", "--disable-worker", "--database-url", "embedded://")
     db = partial(run, node.data_dir, GPUSTACK_DATABASE_URL="embedded://")
     try:

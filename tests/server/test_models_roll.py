@@ -97,7 +97,7 @@ async def until(
         return bool(check(seen))
 
     try:
-        await eventually(holds, what, within_s=5)
+        await eventually(holds, what, within_s=30)
     except AssertionError as error:
         shown = {key: seen.get(key) for key in ("generation", "rollout", "ready_replicas")}
         raise AssertionError(f"{error}: {shown}\n{await instances(admin)}") from None
