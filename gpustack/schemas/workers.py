@@ -1,9 +1,9 @@
 """A worker: a machine that runs an agent."""
 
 from enum import StrEnum
-from typing import Annotated
+from typing import Annotated, Final
 
-from pydantic import ConfigDict, Field, StringConstraints
+from pydantic import ConfigDict, Field, Strict, StringConstraints
 
 from gpustack.schemas.base import Body, OneLine, Schema, Time
 
@@ -17,8 +17,78 @@ class WorkerState(StrEnum):
     UNREACHABLE = "unreachable"  # silent for longer than the limit, by the server's clock
 
 
+class ProblemCode(StrEnum):
+    """What is wrong with a device. Part of the wire contract."""
+
+    XID = "xid"  # NVIDIA's driver reported an error that the card does not recover from by itself
+    ECC = "ecc"  # memory errors that could not be corrected
+    THERMAL = "thermal"  # the hardware slows itself down, for it is too hot
+    LOST = "lost"  # it was there and does not answer any more: fallen off the bus
+    TOOL = "tool"  # the vendor's tool or library fails, hangs or says what nobody understands
+    REPORTED = "reported"  # the vendor's own tool says that it is not well
+
+
+class DeviceProblem(Schema):
+    """Why a device gets no new instances.
+
+    Attributes:
+        message: the evidence, one line for people.
+    """
+
+    model_config = ConfigDict(strict=True)
+
+    code: Annotated[ProblemCode, Strict(False)]
+    message: str
+
+
+class DeviceNetwork(Schema):
+    """The network port of an Ascend card's own.
+
+    Attributes:
+        status: "up" or "down", as the link is.
+        mtu: bytes.
+    """
+
+    model_config = ConfigDict(strict=True)
+
+    status: str = ""
+    ip: str = ""
+    netmask: str = ""
+    mac: str = ""
+    gateway: str = ""
+    interface: str = ""
+    mtu: int | None = None
+
+
+class DeviceProcess(Schema):
+    """A process that uses a device.
+
+    Attributes:
+        memory_bytes: of the device; None: the driver does not say.
+        instance_id: whose engine's it is; None: not ours.
+    """
+
+    model_config = ConfigDict(strict=True)
+
+    pid: int
+    memory_bytes: int | None = None
+    instance_id: int | None = None
+
+
 class Device(Schema):
-    """One GPU or NPU."""
+    """One GPU or NPU.
+
+    Attributes:
+        index: what the engine's visible-devices variable calls it; unique per type on a worker.
+        type: of its platform: cuda, rocm, cann, dcu, musa, corex, mlu, mps.
+        memory_total_bytes: of the host where memory is unified.
+        memory_unified: device and host share one memory.
+        parent_uuid: of the card that a MIG instance is a part of.
+        architecture: the vendor's word, such as "Hopper", "gfx942" or "910B3".
+        compute_capability: NVIDIA's, such as "9.0".
+        problems: empty: it is well. Otherwise it gets no new instances.
+        memory_used_bytes: by whatever is there.
+    """
 
     model_config = ConfigDict(strict=True)
 
@@ -28,8 +98,32 @@ class Device(Schema):
     type: str = ""
     uuid: str = ""
     memory_total_bytes: int
+    memory_unified: bool = False
+    parent_uuid: str = ""
+    driver_version: str = ""
+    runtime_version: str = ""
+    architecture: str = ""
+    compute_capability: str = ""
+    network: DeviceNetwork | None = None
+    problems: list[DeviceProblem] = Field(default_factory=list)
+    # measured
     memory_used_bytes: int = 0
     utilization_percent: float | None = None
+    temperature_celsius: float | None = None
+    power_watts: float | None = None
+    processes: list[DeviceProcess] = Field(default_factory=list)
+
+
+#: What of a device is measured: no news when it changes.
+DEVICE_MEASURES: Final = frozenset(
+    {
+        "memory_used_bytes",
+        "utilization_percent",
+        "temperature_celsius",
+        "power_watts",
+        "processes",
+    }
+)
 
 
 class WorkerStatus(Schema):
@@ -50,9 +144,10 @@ class WorkerStatus(Schema):
 
     def facts(self) -> dict[str, object]:
         """What is news when it changes."""
-        facts = self.model_dump(exclude={"cpu_percent", "memory_used_bytes"})
+        facts = self.model_dump(mode="json", exclude={"cpu_percent", "memory_used_bytes"})
         for device in facts["gpu_devices"]:
-            del device["memory_used_bytes"], device["utilization_percent"]
+            for measure in DEVICE_MEASURES:
+                del device[measure]
         return facts
 
     def measured(self) -> dict[str, object]:
@@ -63,8 +158,7 @@ class WorkerStatus(Schema):
             "cpu_percent": self.cpu_percent,
             "memory_used_bytes": self.memory_used_bytes,
             "devices_used": [
-                one.model_dump(include={"memory_used_bytes", "utilization_percent"})
-                for one in devices
+                one.model_dump(mode="json", include=set(DEVICE_MEASURES)) for one in devices
             ],
             "gpu_percent": sum(busy) / len(busy) if busy else None,
             "vram_used_bytes": sum(one.memory_used_bytes for one in devices),

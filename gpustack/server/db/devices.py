@@ -23,5 +23,5 @@ async def set_devices(
 
 
 def _columns(device: schemas.Device) -> dict[str, Any]:
-    facts = device.model_dump(exclude={"memory_used_bytes", "utilization_percent"})
-    return facts | {"type": device.type or device.vendor.lower()}
+    listed = device.model_dump(include=set(Device.model_fields))
+    return listed | {"type": device.type or device.vendor.lower()}

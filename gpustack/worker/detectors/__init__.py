@@ -1,36 +1,35 @@
-"""What this machine has. One file per vendor: a tool to run, and a pure parser of its output.
+"""What this machine has. One file per vendor: a thin runner of its tool, and a pure parser.
 
 A vendor's file defines a `Detector` and stands in `DETECTORS`; nothing else has to change.
 """
 
 import asyncio
 import logging
-import shutil
-import subprocess
 import threading
 from collections.abc import Callable, Sequence
 from typing import Protocol, TypeVar
 
 from gpustack.schemas.workers import Device, WorkerStatus
 from gpustack.worker.detectors import host
+from gpustack.worker.detectors.tools import LIMIT_S, ToolFailed, Tools
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-#: Seconds that a look at the machine may take; a driver that hangs must not hang the agent.
-LIMIT_S = 10.0
-
 
 class Detector(Protocol):
-    #: The tool and its arguments; a machine without the tool has no such devices.
-    command: tuple[str, ...]
+    #: The vendor's name, as devices carry it.
+    vendor: str
 
-    def parse(self, output: str) -> list[Device]:
-        """The devices that the tool's output names. Pure.
+    def look(self, tools: Tools) -> list[Device]:
+        """The devices of this vendor; none where its tool is not installed.
+
+        Blocks, in a thread of its own.
 
         Raises:
-            ValueError: it is not what this version of the parser knows.
+            ToolFailed: the tool is there and does not work.
+            ValueError: it said what this version of the parser does not know.
         """
         ...
 
@@ -58,20 +57,10 @@ def _look(detectors: Sequence[Detector], limit_s: float) -> WorkerStatus:
 
 
 def _devices(detector: Detector, limit_s: float) -> list[Device]:
-    tool = shutil.which(detector.command[0])
-    if tool is None:
-        return []
     try:
-        done = subprocess.run(
-            [tool, *detector.command[1:]],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            timeout=limit_s / 2,
-            check=True,
-        )
-        return detector.parse(done.stdout.decode(errors="replace"))
-    except (OSError, subprocess.SubprocessError, ValueError) as error:
-        logger.warning("cannot read devices from %s: %s", tool, error)
+        return detector.look(Tools(limit_s=limit_s / 2))
+    except (ToolFailed, ValueError) as error:
+        logger.warning("cannot read the devices of %s: %s", detector.vendor, error)
         return []
 
 

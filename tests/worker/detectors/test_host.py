@@ -7,6 +7,7 @@ import pytest
 from gpustack.schemas.workers import Device
 from gpustack.worker.detectors import detect
 from gpustack.worker.detectors.host import memory_limit
+from gpustack.worker.detectors.tools import Tools
 
 V2 = "0::/user.slice/app\n"
 V1 = "12:cpu,cpuacct:/docker/x\n5:memory:/docker/x\n"
@@ -47,13 +48,17 @@ async def test_this_machine_has_processors_and_memory() -> None:
 
 
 class Tool:
-    """A vendor's detector for tests: lines of "index name bytes"."""
+    """A vendor's detector for tests: its command prints lines of "index name bytes"."""
+
+    vendor = "test"
 
     def __init__(self, *command: str) -> None:
         self.command = command
 
-    def parse(self, output: str) -> list[Device]:
-        rows = (line.split() for line in output.splitlines())
+    def look(self, tools: Tools) -> list[Device]:
+        if not tools.has(self.command[0]):
+            return []
+        rows = (line.split() for line in tools.run(*self.command).splitlines())
         return [
             Device(index=int(index), name=name, vendor="test", memory_total_bytes=int(size))
             for index, name, size in rows
