@@ -11,6 +11,13 @@ from typing import Protocol, TypeVar
 
 from gpustack.schemas.workers import Device, WorkerStatus
 from gpustack.worker.detectors import host
+from gpustack.worker.detectors.amd import Amd
+from gpustack.worker.detectors.apple import Apple
+from gpustack.worker.detectors.ascend import Ascend
+from gpustack.worker.detectors.cambricon import Cambricon
+from gpustack.worker.detectors.hygon import Hygon
+from gpustack.worker.detectors.iluvatar import Iluvatar
+from gpustack.worker.detectors.moore_threads import MooreThreads
 from gpustack.worker.detectors.tools import LIMIT_S, ToolFailed, Tools
 
 logger = logging.getLogger(__name__)
@@ -34,7 +41,15 @@ class Detector(Protocol):
         ...
 
 
-DETECTORS: tuple[Detector, ...] = ()
+DETECTORS: tuple[Detector, ...] = (
+    Amd(),
+    Ascend(),
+    Hygon(),
+    MooreThreads(),
+    Iluvatar(),
+    Cambricon(),
+    Apple(),
+)
 
 
 async def detect(
