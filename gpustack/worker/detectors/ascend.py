@@ -22,6 +22,7 @@ from gpustack.worker.detectors.reading import (
     percent,
     problem,
     program,
+    said,
     size,
     text,
     watts,
@@ -167,8 +168,7 @@ def _rows(table: str) -> list[_Row]:
     "Memory-Usage", "HBM-Usage" or both.
     """
     if "Health" not in table or "NPU" not in table:
-        said = next((line.strip() for line in table.splitlines() if line.strip()), "nothing")
-        raise ValueError(f"npu-smi info printed no table of chips, but: {said[:120]!r}")
+        raise ValueError(f"npu-smi info printed no table of chips, but {said(table)}")
     rows: list[_Row] = []
     above: list[str] | None = None
     for line in table.splitlines():

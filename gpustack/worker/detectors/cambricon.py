@@ -18,6 +18,7 @@ from gpustack.worker.detectors.reading import (
     no_memory,
     percent,
     program,
+    said,
     size,
     text,
     watts,
@@ -53,7 +54,7 @@ def parse(output: str) -> list[Device]:
     """
     version = _VERSION.search(output)
     if version is None:
-        raise ValueError("cnmon printed no table of cards")
+        raise ValueError(f"cnmon printed no table of cards, but {said(output)}")
     found = []
     lines = output.splitlines()
     for place, line in enumerate(lines):

@@ -19,6 +19,7 @@ from gpustack.worker.detectors.reading import (
     percent,
     problem,
     program,
+    said,
     size,
     text,
     watts,
@@ -115,7 +116,7 @@ def parse_table(output: str) -> list[Device]:
         r"Driver Version:\s*([\w.+-]{1,60})\s+CUDA Version:\s*([\w./+-]{1,60})", output
     )
     if head is None:
-        raise ValueError("ixsmi printed no table of GPUs")
+        raise ValueError(f"ixsmi printed no table of GPUs, but {said(output)}")
     found = []
     lines = output.splitlines()
     for place, line in enumerate(lines):

@@ -17,6 +17,7 @@ from gpustack.worker.detectors.reading import (
     no_memory,
     percent,
     program,
+    said,
     size,
     text,
     watts,
@@ -48,11 +49,11 @@ def parse(output: str) -> list[Device]:
     Raises:
         ValueError: it is no such output.
     """
-    said = json_of(output, "mthreads-gmi")
-    cards = inside(said, "GPU")
+    log = json_of(output, "mthreads-gmi")
+    cards = inside(log, "GPU")
     if not isinstance(cards, list):
         raise ValueError("mthreads-gmi printed JSON without a list of GPUs")
-    driver = text(inside(said, "Driver Version"))
+    driver = text(inside(log, "Driver Version"))
     return checked((_device(card, driver) for card in cards), "mthreads-gmi")
 
 
@@ -91,7 +92,7 @@ def parse_table(output: str) -> list[Device]:
     """
     version = _DRIVER.search(output)
     if version is None:
-        raise ValueError("mthreads-gmi printed no table of GPUs")
+        raise ValueError(f"mthreads-gmi printed no table of GPUs, but {said(output)}")
     found = []
     lines = output.splitlines()
     for place, line in enumerate(lines):

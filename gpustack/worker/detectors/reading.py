@@ -144,8 +144,13 @@ def json_of(output: str, tool: str) -> Any:
             return value
         if value == [] and not output[end:].strip():
             return value
-    said = next((line.strip() for line in output.splitlines() if line.strip()), "nothing")
-    raise ValueError(f"{tool} printed no JSON that can be read, but: {said[:120]!r}")
+    raise ValueError(f"{tool} printed no JSON that can be read, but {said(output)}")
+
+
+def said(output: str) -> str:
+    """What to tell of an output that is none: its last line, where tools say why they fail."""
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    return repr(lines[-1][:120]) if lines else "nothing"
 
 
 def problem(code: ProblemCode, message: str) -> DeviceProblem:

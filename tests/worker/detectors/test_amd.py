@@ -92,6 +92,14 @@ def test_rocm_smi_is_read() -> None:
     assert parse_rocm_smi(recorded("amd/rocm-smi-7900xt.json"))[0].architecture == "gfx1100"
 
 
+def test_devices_of_rocm_smi_are_numbered_as_hip_counts_them() -> None:
+    first = json.loads(recorded("amd/rocm-smi-7900xt.json"))["card0"]
+    second = json.loads(recorded("amd/rocm-smi-7800xt.json"))["card0"]
+    cards = {"card0": {**first, "Node ID": "2"}, "card1": {**second, "Node ID": "1"}}
+    found = parse_rocm_smi(json.dumps(cards))
+    assert [one.memory_total_bytes for one in found] == [17163091968, 21458059264]
+
+
 def test_a_card_whose_memory_nobody_says_has_a_problem() -> None:
     (device,) = parse_rocm_smi(recorded("amd/rocm-smi-6600-allinfo.json"))
     assert (device.memory_total_bytes, device.driver_version) == (0, "7.0.0-3-pve")
@@ -124,6 +132,29 @@ def test_amd_smi_is_run_and_what_does_not_change_is_asked_once(machine: Machine)
     assert detector.look(machine.tools()) == [device]
     commands = [call.split()[1] for call in machine.calls]
     assert commands == ["static", "list", "metric", "metric"]
+
+
+def test_a_card_that_comes_back_is_asked_for_anew_and_keeps_its_number(machine: Machine) -> None:
+    (asic,) = json.loads(recorded("amd/static-asic.json"))
+    answers = {
+        "static *": json.dumps([asic, {**asic, "gpu": 1}]),
+        "metric *": "amd/rocm7-metric.json",
+        "list -e *": listing({"hip_id": 1}, {"hip_id": 0}),
+    }
+    machine.install("amd-smi", answers)
+    detector = Amd()
+    whole = detector.look(machine.tools())
+    one_less = json.dumps(
+        {"gpu_data": json.loads(recorded("amd/rocm7-metric.json"))["gpu_data"][:1]}
+    )
+    machine.install("amd-smi", {**answers, "metric *": one_less})
+    assert [bool(one.problems) for one in detector.look(machine.tools())] == [True, False]
+    # At the next look, numbers are asked for too; it does not matter that they fail.
+    del answers["list -e *"]
+    machine.install("amd-smi", answers)
+    assert detector.look(machine.tools()) == whole
+    statics = [call for call in machine.calls if call.startswith("amd-smi static")]
+    assert len(statics) == 2
 
 
 def test_where_amd_smi_fails_rocm_smi_is_asked(machine: Machine) -> None:

@@ -73,6 +73,12 @@ def test_a_chip_that_npu_smi_calls_ill_has_a_problem(health: str) -> None:
     assert well.problems == []
 
 
+@pytest.mark.parametrize("health", ["NA", "-"])
+def test_a_chip_whose_health_npu_smi_does_not_say_is_used(health: str) -> None:
+    table = recorded("ascend/910b4-24.1.1.txt").replace("OK", f"{health:<2}")
+    assert [device.problems for device in devices(table)] == [[], []]
+
+
 def test_a_warning_is_no_reason_to_leave_a_chip_unused() -> None:
     assert "Warning" in recorded("ascend/910-24.1.RC2.txt")
     assert all(not device.problems for device in devices(recorded("ascend/910-24.1.RC2.txt")))
@@ -152,7 +158,7 @@ def test_chips_take_turns_so_that_a_look_stays_short(machine: Machine) -> None:
     "printed",
     [
         "",
-        "dcmi module initialize failed. ret is -8005",
+        "dcmi model initialized failed, because the device is used. ret is -8020",
         "驱动未加载",
         "NPU Health\n| 0 x | OK | 1 |",
     ],

@@ -38,3 +38,14 @@ def test_cnmon_is_run(machine: Machine) -> None:
     assert Cambricon().look(machine.tools()) == []
     machine.install("cnmon", {"": "cambricon/mlu370-x8-5.10.13.txt"})
     assert len(Cambricon().look(machine.tools())) == 2
+
+
+def test_a_command_line_that_looks_like_a_card_is_none() -> None:
+    output = recorded("cambricon/mlu370-x8-5.10.13.txt")
+    card = output[output.index("| 0     /") : output.index("| 1     /")]
+    assert parse(output + card.replace("| 0 ", "| 7 ")) == parse(output)
+
+
+def test_what_is_no_table_is_told() -> None:
+    with pytest.raises(ValueError, match="no table of cards, but 'Unable to determine the device"):
+        parse("[1] CNDEV error\nUnable to determine the device handle\n")
