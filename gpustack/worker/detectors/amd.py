@@ -13,6 +13,7 @@ import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final
 
 from gpustack.schemas.workers import Device, DeviceProblem, ProblemCode
@@ -31,6 +32,7 @@ from gpustack.worker.detectors.reading import (
     watts,
     whole,
 )
+from gpustack.worker.detectors.runtimes import completed
 from gpustack.worker.detectors.tools import ToolFailed, Tools
 
 #: Seconds for which names, limits and numbers of the cards are taken as read: amd-smi needs about a
@@ -60,11 +62,15 @@ class _Facts:
 class Amd:
     vendor = "AMD"
 
-    def __init__(self) -> None:
+    def __init__(self, root: Path = Path("/")) -> None:
+        self._root = root
         self._facts: _Facts | None = None
         self._listing = ""
 
     def look(self, tools: Tools) -> list[Device]:
+        return completed(self._look(tools), self._root)
+
+    def _look(self, tools: Tools) -> list[Device]:
         old = program(tools, "rocm-smi", "/opt/rocm/bin/rocm-smi")
         if name := program(tools, "amd-smi", "/opt/rocm/bin/amd-smi"):
             try:

@@ -12,6 +12,7 @@ UNKNOWN), `info -t board`; HCCN Tool reference.
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
 
 from gpustack.schemas.workers import Device, DeviceNetwork, DeviceProblem, ProblemCode
@@ -28,6 +29,7 @@ from gpustack.worker.detectors.reading import (
     watts,
     whole,
 )
+from gpustack.worker.detectors.runtimes import completed
 from gpustack.worker.detectors.tools import ToolFailed, Tools
 
 #: Chips whose UUID and network are read in one look, in turns: each costs six commands.
@@ -48,7 +50,8 @@ _WELL: Final = frozenset({"OK", "NA", "N/A", "-", "WARNING"})
 class Ascend:
     vendor = "Ascend"
 
-    def __init__(self) -> None:
+    def __init__(self, root: Path = Path("/")) -> None:
+        self._root = root
         self._slow: dict[_Chip, _Slow] = {}
         self._mapping = ""
 
@@ -67,15 +70,13 @@ class Ascend:
         for chip in list(self._slow)[:CHIPS_A_LOOK]:
             slow = self._slow.pop(chip)
             self._slow[chip] = _read_slow(tools, name, chip, chips[chip].port, slow.uuid)
-        return checked(
-            (
-                found.device.model_copy(
-                    update={"uuid": self._slow[chip].uuid, "network": self._slow[chip].network}
-                )
-                for chip, found in chips.items()
-            ),
-            "npu-smi",
+        devices = (
+            found.device.model_copy(
+                update={"uuid": self._slow[chip].uuid, "network": self._slow[chip].network}
+            )
+            for chip, found in chips.items()
         )
+        return completed(checked(devices, "npu-smi"), self._root)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,14 +1,15 @@
 """Cambricon: the table that cnmon prints.
 
 `cnmon info … -j` writes its JSON to a file in the current folder, and no example of it is public;
-the table is on standard output and has been of one shape since version 4. It says no UUID, no
-architecture and no version of NeuWare. What its column "Ecc-Error" counts is not documented: it is
+the table is on standard output and has been of one shape since version 4. It says no UUID and no
+architecture. What its column "Ecc-Error" counts is not documented: it is
 left alone.
 
 `index` is what cnmon calls "Card", which MLU_VISIBLE_DEVICES counts.
 """
 
 import re
+from pathlib import Path
 from typing import Final
 
 from gpustack.schemas.workers import Device
@@ -23,6 +24,7 @@ from gpustack.worker.detectors.reading import (
     text,
     watts,
 )
+from gpustack.worker.detectors.runtimes import completed
 from gpustack.worker.detectors.tools import Tools
 
 _VERSION: Final = re.compile(r"CNMON\s+v[\w.+-]{1,40}(?:\s+Driver\s+(v[\w.+-]{1,40}))?")
@@ -41,9 +43,12 @@ _SECOND: Final = re.compile(
 class Cambricon:
     vendor = "Cambricon"
 
+    def __init__(self, root: Path = Path("/")) -> None:
+        self._root = root
+
     def look(self, tools: Tools) -> list[Device]:
         name = program(tools, "cnmon", "/usr/bin/cnmon", "/usr/local/neuware/bin/cnmon")
-        return [] if name is None else parse(tools.run(name))
+        return [] if name is None else completed(parse(tools.run(name)), self._root)
 
 
 def parse(output: str) -> list[Device]:

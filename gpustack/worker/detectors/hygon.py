@@ -8,6 +8,7 @@ Sources: reports gpustack/gpustack 2032 and 3257, hy-smi's input plugin of categ
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Final
 
 from gpustack.schemas.workers import Device
@@ -23,6 +24,7 @@ from gpustack.worker.detectors.reading import (
     text,
     watts,
 )
+from gpustack.worker.detectors.runtimes import completed
 from gpustack.worker.detectors.tools import Tools
 
 _ARGUMENTS: Final = (
@@ -45,9 +47,14 @@ _PLACES: Final = ("hy-smi", "/opt/hyhal/bin/hy-smi", "/usr/local/hyhal/bin/hy-sm
 class Hygon:
     vendor = "Hygon"
 
+    def __init__(self, root: Path = Path("/")) -> None:
+        self._root = root
+
     def look(self, tools: Tools) -> list[Device]:
         name = program(tools, *_PLACES)
-        return [] if name is None else parse(tools.run(name, *_ARGUMENTS))
+        if name is None:
+            return []
+        return completed(parse(tools.run(name, *_ARGUMENTS)), self._root)
 
 
 def parse(output: str) -> list[Device]:

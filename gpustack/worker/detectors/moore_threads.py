@@ -1,11 +1,12 @@
 """Moore Threads: mthreads-gmi, its JSON, or its table where this version has none.
 
 `index` is what mthreads-gmi calls "Index" or "ID", which MUSA_VISIBLE_DEVICES counts. The table
-says neither UUID nor power. No version says the architecture or the version of MUSA.
+says neither UUID nor power. No version says the architecture.
 """
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from gpustack.schemas.workers import Device
@@ -23,6 +24,7 @@ from gpustack.worker.detectors.reading import (
     watts,
     whole,
 )
+from gpustack.worker.detectors.runtimes import completed
 from gpustack.worker.detectors.tools import ToolFailed, Tools
 
 _DRIVER = re.compile(r"Driver Version:\s*([\w.+-]{1,60})")
@@ -33,14 +35,18 @@ _SECOND = re.compile(r"\s[^|]{1,80}\|[^|]*\|\s*(\S+)")
 class MooreThreads:
     vendor = "Moore Threads"
 
+    def __init__(self, root: Path = Path("/")) -> None:
+        self._root = root
+
     def look(self, tools: Tools) -> list[Device]:
         name = program(tools, "mthreads-gmi", "/usr/bin/mthreads-gmi")
         if name is None:
             return []
         try:
-            return parse(tools.run(name, "-q", "--json"))
+            devices = parse(tools.run(name, "-q", "--json"))
         except (ToolFailed, ValueError):
-            return parse_table(tools.run(name))
+            devices = parse_table(tools.run(name))
+        return completed(devices, self._root)
 
 
 def parse(output: str) -> list[Device]:
