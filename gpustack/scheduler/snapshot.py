@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from functools import reduce
 
 from gpustack.schemas.placements import Claim
-from gpustack.schemas.workers import Worker
+from gpustack.schemas.workers import Device, Worker
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,7 +14,7 @@ class Node:
 
     Attributes:
         free_ram_bytes: total less reserved less claimed; below 0 when claims came first.
-        free_vram_bytes: device index -> the same of its memory.
+        free_vram_bytes: device index -> the same of its memory, of unhealthy devices too.
         instances: instances of the model being placed that are on it already.
     """
 
@@ -22,6 +22,20 @@ class Node:
     free_ram_bytes: int
     free_vram_bytes: Mapping[int, int]
     instances: int = 0
+
+    @property
+    def unhealthy(self) -> tuple[Device, ...]:
+        """Devices with problems: what is there stays, nothing new comes."""
+        devices = self.worker.status.gpu_devices if self.worker.status else []
+        return tuple(device for device in devices if device.problems)
+
+    @property
+    def usable_vram_bytes(self) -> Mapping[int, int]:
+        """What is free for something new: device index -> memory of those without problems."""
+        unhealthy = {device.index for device in self.unhealthy}
+        return {
+            index: free for index, free in self.free_vram_bytes.items() if index not in unhealthy
+        }
 
     def minus(self, claim: Claim) -> "Node":
         return replace(
