@@ -46,7 +46,9 @@ async def _leaving(session: ReadSession, worker: Worker) -> list[Leaving]:
 
 async def _trouble(session: ReadSession, model: Model) -> str:
     """Why nothing of a model moves; empty: it does."""
-    return model.rollout_message or (await newest_version(session, model.key()[1])).problem
+    wanted = await newest_version(session, model.key()[1])
+    unread = "" if wanted.profile else wanted.problem or "the model's files are being read"
+    return model.rollout_message or unread
 
 
 async def _successors(session: ReadSession, models: Iterable[int]) -> dict[int, str]:
