@@ -5,6 +5,7 @@ What the plan decides has tests of its own (test_models_leaving); here it meets 
 
 import asyncio
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -13,7 +14,7 @@ import pytest
 from gpustack.server.db import tables
 from gpustack.server.db.database import get
 from gpustack.server.db.workers import set_silent
-from tests.server.conftest import JOIN, FakeAgent, Plane, registration
+from tests.server.conftest import JOIN, FakeAgent, Plane, Start, registration
 from tests.server.test_leases import on_shared
 from tests.server.test_members import distributed
 from tests.server.test_models_roll import (
@@ -68,6 +69,17 @@ async def stuck(admin: httpx.AsyncClient, agent: FakeAgent, why: str) -> list[di
         return await eventually(waits, f"all that is left waits: {why}", within_s=30)
     except AssertionError as error:
         raise AssertionError(f"{error}: {await leaving(admin, agent)}") from None
+
+
+async def from_now_on(ready: list[int]) -> None:
+    """Forget what was counted, and the count that is under way, which began before."""
+    ready.clear()
+
+    async def counted() -> bool:
+        return bool(ready)
+
+    await eventually(counted, "the agents have looked", within_s=30)
+    ready.clear()
 
 
 async def places(admin: httpx.AsyncClient) -> Counter[int | None]:
@@ -139,14 +151,14 @@ async def test_the_same_again_changes_nothing_and_what_is_not_said_stays(
 
 @on_shared
 async def test_nothing_is_placed_on_a_worker_once_its_cordon_is_acknowledged(
-    plane: Plane, admin: httpx.AsyncClient
+    start: Start, tmp_path: Path
 ) -> None:
-    agent = await plane.worker()
+    leader, other = await start(tmp_path / "a"), await start(tmp_path / "b")
+    admin, agent = await leader.admin(), await leader.worker()
     made = await admin.post("/v2/models", json=MODEL | {"replicas": 0})
-    async with plane.db.write() as session:
+    async with other.db.write() as session:
         row = await get(session, tables.Worker, agent.id)
         row.scheduling = "cordoned"
-        await session.flush()
         await change(admin, f"/v2/models/{made.json()['id']}", replicas=1)
         await asyncio.sleep(1)  # it is being placed where the worker's row still says active
 
@@ -167,7 +179,7 @@ async def test_a_drain_moves_all_models_and_none_is_missed_for_a_moment(
     async with working(one, two) as ready:
         paths = [await deploy(admin, name=name, replicas=2) for name in ("a", "b")]
         assert (await places(admin))[one.id] == 2
-        ready.clear()
+        await from_now_on(ready)
         worker = await schedule(admin, one, "drain", reason="new driver")
         assert len(worker["leaving"]) == 2
         await drained(admin, one)
@@ -187,7 +199,7 @@ async def test_what_fits_nowhere_else_stays_says_why_and_moves_when_it_fits(
         await deploy(admin, replicas=2)
         two = await plane.worker("two", memory_total_bytes=ONE)
         async with working(two):
-            ready.clear()
+            await from_now_on(ready)
             await schedule(admin, one, "drain")
             (left,) = await stuck(admin, one, "no room elsewhere")
             assert "two: 0.0 MiB of memory free" in left["message"]
@@ -205,7 +217,7 @@ async def test_a_drain_of_all_workers_moves_nobody(plane: Plane, admin: httpx.As
     async with working(one, two) as ready:
         path = await deploy(admin, replicas=2)
         before = {i["id"] for i in await instances(admin)}
-        ready.clear()
+        await from_now_on(ready)
         await schedule(admin, two, "cordon")
         for agent in (one, two):
             await schedule(admin, agent, "drain")
@@ -225,7 +237,7 @@ async def test_two_workers_are_drained_at_once(plane: Plane, admin: httpx.AsyncC
     agents = [await plane.worker(name) for name in ("one", "two", "three")]
     async with working(*agents) as ready:
         await deploy(admin, replicas=3)
-        ready.clear()
+        await from_now_on(ready)
         for agent in agents[:2]:
             await schedule(admin, agent, "drain")
         for agent in agents[:2]:
@@ -265,7 +277,7 @@ async def test_a_roll_and_a_drain_go_together(plane: Plane, admin: httpx.AsyncCl
     one, two = await plane.worker("one"), await plane.worker("two", memory_total_bytes=5 * ONE)
     async with working(one, two) as ready:
         path = await deploy(admin, replicas=4)
-        ready.clear()
+        await from_now_on(ready)
         await change(admin, path, env={"A": "1"})
         await schedule(admin, one, "drain")
         await drained(admin, one)
