@@ -115,6 +115,7 @@ def drain(
             await until_drained(
                 client, worker, lambda words: click.echo(line(words), err=True), timeout_s=timeout_s
             )
+        if wait or not worker.leaving:
             click.echo(f"{line(name)} is drained: nothing is left on it", err=True)
         else:
             click.echo(f"{line(name)} is being drained, {len(worker.leaving)} left", err=True)

@@ -33,6 +33,8 @@ class Node:
     def usable_vram_bytes(self) -> Mapping[int, int]:
         """What is free for something new: device index -> memory of those without problems."""
         unhealthy = {device.index for device in self.unhealthy}
+        if not unhealthy:
+            return self.free_vram_bytes
         return {
             index: free for index, free in self.free_vram_bytes.items() if index not in unhealthy
         }
