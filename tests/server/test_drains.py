@@ -105,11 +105,12 @@ async def test_a_cordoned_worker_keeps_what_it_has_takes_nothing_and_is_the_reas
 
         assert await eventually(refused, "one waits") == ["rack/1 is cordoned: disk swap"]
         assert (await places(admin))[agent.id] == 1
-        joiner = await plane.client(JOIN)  # the worker registers anew
-        again = await joiner.post("/v2/workers/register", json=registration("rack/1"))
-        shown = (await admin.get(f"/v2/workers/{again.json()['worker_id']}")).json()
-        assert (shown["scheduling"], shown["scheduling_reason"]) == ("cordoned", "disk swap")
-        agent.http = await plane.client(again.json()["credential"])
+    joiner = await plane.client(JOIN)  # the worker registers anew
+    again = await joiner.post("/v2/workers/register", json=registration("rack/1"))
+    shown = (await admin.get(f"/v2/workers/{again.json()['worker_id']}")).json()
+    assert (shown["scheduling"], shown["scheduling_reason"]) == ("cordoned", "disk swap")
+    agent.http = await plane.client(again.json()["credential"])
+    async with working(agent):
         await schedule(admin, agent, "uncordon")
         await rolled(admin, path)
 
@@ -191,6 +192,7 @@ async def test_a_drain_moves_all_models_and_none_is_missed_for_a_moment(
     assert await places(admin) == {two.id: 4}
 
 
+@pytest.mark.slow  # a model looks for room every 10 s
 async def test_what_fits_nowhere_else_stays_says_why_and_moves_when_it_fits(
     plane: Plane, admin: httpx.AsyncClient
 ) -> None:
