@@ -33,9 +33,10 @@ async def _leaving(session: ReadSession, worker: Worker) -> list[Leaving]:
             said = "it is to end, but its worker is silent" if waits else "it ends its requests"
         elif troubles[row.model_id]:
             waits, said = True, troubles[row.model_id]
+        elif successor := successors.get(row.model_id):
+            waits, said = False, f"{successor} is to take its place"
         else:
-            successor = successors.get(row.model_id)
-            waits, said = False, f"{successor} is to take its place" if successor else "it is next"
+            waits, said = worker.silent, "its worker is silent" if worker.silent else "it is next"
         leaving.append(
             Leaving(
                 id=row.key()[1], name=row.name, model_name=model.name, waits=waits, message=said
