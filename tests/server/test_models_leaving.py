@@ -53,6 +53,10 @@ class World(rolling.World):
             room = Room(self.fit(NEW), instead, "full")
         return plan_roll(Facts(self.replicas, NEW, tuple(self.copies), room))
 
+    @property
+    def ready(self) -> int:
+        return len(self.of(Phase.READY, Phase.AWAY))
+
     def check(self) -> None:
         assert len(self.copies) <= self.most + 1
         assert self.ready >= self.replicas - self.may_lack
@@ -142,6 +146,28 @@ def test_a_model_that_shrinks_gives_up_first_what_is_to_leave(
     assert world.ready == world.replicas
     if world.replicas <= staying:
         assert not on(world, *drained)
+
+
+@given(worlds(), ORDERS, WORKERS, st.integers(1, 4), st.integers(0, 20))
+def test_a_worker_that_falls_silent_in_the_middle_stops_nothing_that_serves(
+    world: World, order: list[int], drained: set[int], silent: int, when: int
+) -> None:
+    world.drain(*drained)
+    happenings = (world.act, world.place, world.answer, world.go)
+    for turn in order[:when]:
+        happenings[turn]()
+    for one in world.of(Phase.READY):
+        if one.worker == silent:
+            world.change(one, phase=Phase.AWAY)
+    world.settle(order)  # what is out of reach may serve, and counts as if it did
+    away = world.of(Phase.AWAY)
+    assert world.ready >= world.replicas
+    if [one for one in away if one.stays]:
+        assert world.plan() == Plan() or "silent" in world.plan().why
+    elif on(world, *drained):
+        assert "no room elsewhere" in world.plan().why
+    else:
+        assert not away
 
 
 def test_one_goes_once_its_successor_answers_elsewhere() -> None:
