@@ -62,7 +62,7 @@ from gpustack.schemas.users import (
     UserCreated,
     UserUpdate,
 )
-from gpustack.schemas.workers import Worker, WorkerUpdate
+from gpustack.schemas.workers import Cordon, Worker, WorkerUpdate
 
 
 class Models(
@@ -146,6 +146,24 @@ class Workers(Named[Worker], Follows[Worker], Updates[Worker, WorkerUpdate], Del
     """Machines that run agents."""
 
     PATH, KIND = "/v2/workers", Worker
+
+    async def cordon(self, id: int, reason: str | None = None) -> Worker:
+        """Let no new instances come to it.
+
+        Args:
+            reason: for people; None: the one that there is stays.
+        """
+        path = f"{self.PATH}/{id}/cordon"
+        return await self._caller.one("POST", path, Worker, Cordon(reason=reason))
+
+    async def drain(self, id: int, reason: str | None = None) -> Worker:
+        """Let no new instances come, and have those that are there leave: see `Worker.leaving`."""
+        path = f"{self.PATH}/{id}/drain"
+        return await self._caller.one("POST", path, Worker, Cordon(reason=reason))
+
+    async def uncordon(self, id: int) -> Worker:
+        """Let new instances come to it again; a drain ends."""
+        return await self._caller.one("POST", f"{self.PATH}/{id}/uncordon", Worker)
 
 
 class GPUDevices(Listed[GPUDevice]):

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from gpustack.scheduler.snapshot import Node
 from gpustack.schemas.models import ModelSpec
 from gpustack.schemas.placements import Reason, ReasonCode
-from gpustack.schemas.workers import WorkerState
+from gpustack.schemas.workers import Scheduling, WorkerState
 
 Filter = Callable[[Node, ModelSpec], Reason | None]
 
@@ -33,5 +33,14 @@ def labels(node: Node, spec: ModelSpec) -> Reason | None:
     return None
 
 
-#: Cheap ones first; the first refusal is the reason shown.
-FILTERS: tuple[Filter, ...] = (ready, labels)
+def open_to_new(node: Node, spec: ModelSpec) -> Reason | None:
+    worker = node.worker
+    if worker.scheduling is Scheduling.ACTIVE:
+        return None
+    how = "is being drained" if worker.scheduling is Scheduling.DRAINING else "is cordoned"
+    why = f": {worker.scheduling_reason}" if worker.scheduling_reason else ""
+    return Reason(code=ReasonCode.CORDONED, worker=worker.name, message=f"{worker.name} {how}{why}")
+
+
+#: The first refusal is the reason shown.
+FILTERS: tuple[Filter, ...] = (ready, labels, open_to_new)

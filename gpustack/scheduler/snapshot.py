@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from functools import reduce
 
 from gpustack.schemas.placements import Claim
-from gpustack.schemas.workers import Worker
+from gpustack.schemas.workers import Device, Worker
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,14 +14,26 @@ class Node:
 
     Attributes:
         free_ram_bytes: total less reserved less claimed; below 0 when claims came first.
-        free_vram_bytes: device index -> the same of its memory.
+        free_vram_bytes: device index -> the same of its memory, of unhealthy devices too.
         instances: instances of the model being placed that are on it already.
+        unhealthy: devices with problems: what is there stays, nothing new comes.
     """
 
     worker: Worker
     free_ram_bytes: int
     free_vram_bytes: Mapping[int, int]
     instances: int = 0
+    unhealthy: tuple[Device, ...] = ()
+
+    @property
+    def usable_vram_bytes(self) -> Mapping[int, int]:
+        """What is free for something new: device index -> memory of those without problems."""
+        if not self.unhealthy:
+            return self.free_vram_bytes
+        unhealthy = {device.index for device in self.unhealthy}
+        return {
+            index: free for index, free in self.free_vram_bytes.items() if index not in unhealthy
+        }
 
     def minus(self, claim: Claim) -> "Node":
         return replace(
@@ -95,4 +107,5 @@ def _empty(worker: Worker) -> Node:
             device.index: device.memory_total_bytes - worker.system_reserved_vram_bytes
             for device in worker.status.gpu_devices
         },
+        unhealthy=tuple(device for device in worker.status.gpu_devices if device.problems),
     )

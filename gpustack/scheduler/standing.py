@@ -11,9 +11,10 @@ from gpustack.schemas.placements import Claim
 def standing(spec: ModelSpec, node: Node, claim: Claim) -> tuple[float, ...]:
     """How well an instance stands on the worker that it is on; larger is better.
 
-    First the share of its memory that is on devices: what runs partly on the host is slower.
-    Then what the scheduler would say of that worker if the instance were to be placed now: so the
-    worst is the one that it would place last, by the model's own strategy.
+    First whether the devices that it is on are well, then the share of its memory that is on
+    devices: what runs partly on the host is slower. Then what the scheduler would say of that
+    worker if the instance were to be placed now: so the worst is the one that it would place last,
+    by the model's own strategy.
 
     Args:
         node: with this instance and its claim on it.
@@ -21,4 +22,5 @@ def standing(spec: ModelSpec, node: Node, claim: Claim) -> tuple[float, ...]:
     vram = sum(claim.vram_bytes.values())
     share = vram / (vram + claim.ram_bytes) if vram else 0.0
     without = replace(node.plus(claim), instances=max(node.instances - 1, 0))
-    return (share, *score(spec, without, claim))
+    is_well = not any(device.index in claim.vram_bytes for device in node.unhealthy)
+    return (is_well, share, *score(spec, without, claim))

@@ -30,6 +30,9 @@ class EventType(StrEnum):
     STALLED = "stalled"  # its instances are not as its spec says, and nothing more is done
     # workers
     REGISTERED = "registered"
+    CORDONED = "cordoned"  # it takes no new instances
+    DRAINING = "draining"  # nor keeps those that it has
+    UNCORDONED = "uncordoned"
     READY = "ready"  # said what it has, or is heard of again; a model file: it is there
     # instances; model files too are downloaded, fail, and are retried
     UNPLACED = "unplaced"  # the codes are those of its reasons

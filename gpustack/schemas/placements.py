@@ -24,6 +24,8 @@ class ReasonCode(StrEnum):
 
     NOT_READY = "not_ready"
     LABELS = "labels"
+    CORDONED = "cordoned"
+    UNHEALTHY = "unhealthy"
     PLATFORM = "platform"
     RAM = "ram"
     VRAM = "vram"

@@ -7,6 +7,9 @@ from pydantic import ConfigDict, Field, Strict, StringConstraints
 
 from gpustack.schemas.base import Body, OneLine, Schema, Time
 
+#: Characters of what administrators say of a cordon.
+SCHEDULING_REASON_LIMIT: Final = 300
+
 LabelKey = Annotated[str, StringConstraints(min_length=1, max_length=253, pattern="^[^=]+$")]
 LabelValue = Annotated[str, StringConstraints(max_length=253)]
 
@@ -15,6 +18,14 @@ class WorkerState(StrEnum):
     NOT_READY = "not_ready"  # registered; has not said yet what it has
     READY = "ready"  # heard of lately
     UNREACHABLE = "unreachable"  # silent for longer than the limit, by the server's clock
+
+
+class Scheduling(StrEnum):
+    """What administrators let happen on a worker. Part of the wire contract."""
+
+    ACTIVE = "active"  # it takes new instances
+    CORDONED = "cordoned"  # it takes none; what runs there stays
+    DRAINING = "draining"  # it takes none, and what runs there moves to other workers
 
 
 class ProblemCode(StrEnum):
@@ -224,10 +235,40 @@ class WorkerUpdate(Body):
     generation: int | None = None
 
 
+class Cordon(Body):
+    """Body of POST /v2/workers/{id}/cordon and of POST /v2/workers/{id}/drain.
+
+    Attributes:
+        reason: for people, such as "disk swap"; None: the one that there is stays.
+        generation: the generation that was read; a newer one is a conflict. None: do not compare.
+    """
+
+    reason: Annotated[OneLine, Field(max_length=SCHEDULING_REASON_LIMIT)] | None = None
+    generation: int | None = None
+
+
+class Leaving(Schema):
+    """An instance that is still on a worker that is being drained.
+
+    Attributes:
+        waits: it does not move now, nor will by itself; `message` says why.
+        message: how far it is with leaving, for people.
+    """
+
+    id: int
+    name: str
+    model_name: str
+    waits: bool
+    message: str
+
+
 class Worker(Schema):
     """A worker as the API shows it.
 
     Attributes:
+        scheduling: whether it takes new instances.
+        scheduling_reason: what administrators say of that.
+        leaving: while it is being drained: what is still on it; empty: nothing is.
         ip: where gateways elsewhere reach it: a name where --advertise-address gives one.
         certificate: what its port shows, as PEM, and whoever connects asks for; empty: what goes to
             it is not encrypted.
@@ -244,6 +285,9 @@ class Worker(Schema):
     labels: dict[str, str]
     admin_labels: dict[str, str] = Field(default_factory=dict)
     generation: int = 1
+    scheduling: Scheduling = Scheduling.ACTIVE
+    scheduling_reason: str = ""
+    leaving: list[Leaving] = Field(default_factory=list)
     system_reserved_ram_bytes: int
     system_reserved_vram_bytes: int
     state: WorkerState

@@ -24,11 +24,12 @@ from gpustack.schemas.instances import (
 from gpustack.schemas.model_files import ModelFile, ModelFileState
 from gpustack.schemas.model_files import shown_state as shown_file_state
 from gpustack.schemas.models import Model, ModelSpec, Rollout, VersionSpec
-from gpustack.schemas.workers import Worker, WorkerState, WorkerStatus
+from gpustack.schemas.workers import Leaving, Worker, WorkerState, WorkerStatus
 from gpustack.server.auth.principals import Principal
 from gpustack.server.db import tables
 from gpustack.server.db.access import grants_of, groups_of, may_use, usable_by
 from gpustack.server.db.database import ReadSession
+from gpustack.server.db.drains import leaving_of
 from gpustack.server.db.rollouts import rollouts_of
 
 T = TypeVar("T")
@@ -107,6 +108,7 @@ class Found:
         model, version, worker, user: what the row refers to, where its kind has such a thing.
         grants: of a model that is not every user's.
         group_ids: of a credential: those that its user is in.
+        leaving: of a worker that is being drained: what is still on it.
         members: of an instance, by rank, each with its worker.
     """
 
@@ -122,6 +124,7 @@ class Found:
     members: Sequence[tuple[tables.Member, tables.Worker]] = ()
     grants: Grants | None = None
     group_ids: frozenset[int] = frozenset()
+    leaving: Sequence[Leaving] = ()
 
     def json(self, audience: Audience) -> bytes | None:
         """The object as `audience` sees it; None if it must not."""
@@ -144,7 +147,7 @@ class Found:
             case wire.INSTANCES:
                 return instance_view(self, audience)
             case wire.WORKERS:
-                return worker_view(self.row)
+                return worker_view(self.row, self.leaving)
             case wire.MODEL_FILES:
                 return model_file_view(self.row)
             case wire.API_KEYS:
@@ -189,6 +192,9 @@ async def _completed(session: ReadSession, kind: str, rows: Any) -> list[Found]:
             return await with_versions(session, rows)
         case wire.INSTANCES:
             return await with_parents(session, rows)
+        case wire.WORKERS:
+            leaving = await leaving_of(session, rows)
+            return [_found(kind, row, leaving=leaving.get(row.id, ())) for row in rows]
         case wire.CREDENTIALS:
             ids = {row.user_id for row in rows} - {None}
             whose = select(tables.User).where(col(tables.User.id).in_(ids))
@@ -354,7 +360,7 @@ def model_file_view(row: tables.ModelFile) -> ModelFile:
     return ModelFile.model_validate(row.model_dump() | {"state": state})
 
 
-def worker_view(row: tables.Worker) -> Worker:
+def worker_view(row: tables.Worker, leaving: Sequence[Leaving] = ()) -> Worker:
     state, message = WorkerState.READY, ""
     if row.silent:
         state, message = WorkerState.UNREACHABLE, "the server has not heard from it lately"
@@ -364,6 +370,7 @@ def worker_view(row: tables.Worker) -> Worker:
         row.model_dump(exclude={"revision", "facts", "agent_secret", "machine_id", "run_id"})
         | {
             "labels": row.labels | row.admin_labels,
+            "leaving": list(leaving),
             "state": state,
             "state_message": message,
             "status": WorkerStatus.model_validate(_status(row, row.facts)) if row.facts else None,

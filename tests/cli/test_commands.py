@@ -62,6 +62,23 @@ def test_a_worker_is_labelled_and_what_it_registered_stays(run: Run, node: Node)
     run("workers", "label", worker["name"], "zone-")
 
 
+def test_a_worker_is_cordoned_drained_and_opened_again(
+    run: Run, deployed: Path, node: Node
+) -> None:
+    with node.http() as http:
+        name = http.get("/v2/workers").json()["items"][0]["name"]
+    assert "takes no new instances" in run("workers", "cordon", name, "--reason", "new disk").stderr
+    lost = run("workers", "drain", name, "--wait", "--timeout", "1s", status=1).stderr
+    assert f"not within 1 s: 1 instance left on {name}: " in lost
+    assert f"{name} is being drained: new disk" in lost
+    header, row = run("workers", "list").stdout.splitlines()
+    assert row[header.index("SCHEDULING") :].startswith("draining, 1 left ")
+    assert row.endswith(" new disk")
+    assert "takes new instances" in run("workers", "uncordon", name).stderr
+    alone = run("workers", "drain", name, "--timeout", "1s", status=1).stderr
+    assert "--timeout is for --wait" in alone
+
+
 @pytest.mark.slow  # many commands, each with its start
 def test_a_model_is_granted_to_users_and_groups(run: Run, deployed: Path, node: Node) -> None:
     with node.http() as http:

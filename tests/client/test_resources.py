@@ -110,6 +110,10 @@ async def use_workers(client: Client, node: Node) -> None:
     assert await client.workers.by_name(worker.name) == await client.workers.get(worker.id)
     changed = await client.workers.update(worker.id, WorkerUpdate(labels={"a": "b"}))
     assert changed.labels["a"] == "b"
+    assert (await client.workers.cordon(worker.id, "disk swap")).scheduling == "cordoned"
+    drained = await client.workers.drain(worker.id)
+    assert (drained.scheduling, drained.scheduling_reason) == ("draining", "disk swap")
+    assert (await client.workers.uncordon(worker.id)).scheduling_reason == ""
     for device in await client.gpu_devices.list(worker_id=worker.id):
         assert await client.gpu_devices.get(device.id) == device
     with pytest.raises(NotFound, match="there is no GPU device rack/a b:cuda:7"):

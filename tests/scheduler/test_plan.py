@@ -1,5 +1,7 @@
 """Placement: the same facts give the same answer, and no claim exceeds what is left."""
 
+from collections.abc import Sequence
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -7,23 +9,45 @@ from gpustack.backends.base import Demand
 from gpustack.lib.units import GIB
 from gpustack.scheduler.plan import place
 from gpustack.scheduler.snapshot import Snapshot
+from gpustack.scheduler.standing import standing
 from gpustack.schemas.models import ModelSpec, PlacementStrategy, Source
-from gpustack.schemas.placements import Claim, Placement, ReasonCode
-from gpustack.schemas.workers import Device, Worker, WorkerState, WorkerStatus
+from gpustack.schemas.placements import Claim, Placement, Reason, ReasonCode
+from gpustack.schemas.workers import (
+    Device,
+    DeviceProblem,
+    ProblemCode,
+    Scheduling,
+    Worker,
+    WorkerState,
+    WorkerStatus,
+)
 
 START = "2026-01-01T00:00:00Z"
 
 
 def worker(
-    worker_id: int, ram_gib: int, *vram_gib: int, ready: bool = True, **labels: str
+    worker_id: int,
+    ram_gib: int,
+    *vram_gib: int,
+    ready: bool = True,
+    broken: Sequence[int] = (),
+    scheduling: Scheduling = Scheduling.ACTIVE,
+    why: str = "",
+    **labels: str,
 ) -> Worker:
+    """A worker. The devices at the indexes `broken` have problems."""
     status = WorkerStatus(
         os="linux",
         arch="x86_64",
         cpu_count=2,
         memory_total_bytes=ram_gib * GIB,
         gpu_devices=[
-            Device(index=index, vendor="nvidia", memory_total_bytes=size * GIB)
+            Device(
+                index=index,
+                vendor="nvidia",
+                memory_total_bytes=size * GIB,
+                problems=[xid(79)] if index in broken else [],
+            )
             for index, size in enumerate(vram_gib)
         ],
     )
@@ -37,12 +61,18 @@ def worker(
             "labels": labels,
             "system_reserved_ram_bytes": 2 * GIB,
             "system_reserved_vram_bytes": 1 * GIB,
+            "scheduling": scheduling,
+            "scheduling_reason": why,
             "state": WorkerState.READY if ready else WorkerState.UNREACHABLE,
             "status": status,
             "created_at": START,
             "updated_at": START,
         }
     )
+
+
+def xid(number: int) -> DeviceProblem:
+    return DeviceProblem(code=ProblemCode.XID, message=f"Xid {number} at 12:00")
 
 
 def spec(**more: object) -> ModelSpec:
@@ -115,8 +145,70 @@ def test_a_stopping_instance_keeps_its_memory_until_it_is_gone() -> None:
     assert not isinstance(place(spec(), [cpu(3)], world), Placement)
 
 
+def test_an_unhealthy_device_takes_nothing_new_and_the_reason_has_the_evidence() -> None:
+    world = Snapshot.of([worker(1, 64, 24, 24, 24, 24, broken=(1, 3))], [])
+    got = place(spec(), [gpu(2, 20)], world)
+    assert isinstance(got, Placement)
+    assert list(got.claim.vram_bytes) == [0, 2]
+    (reason,) = refused(place(spec(), [gpu(3, 20)], world))
+    assert (reason.code, reason.message) == (
+        ReasonCode.UNHEALTHY,
+        "w1: 2 of 4 GPUs are unhealthy: GPU 1: Xid 79 at 12:00; GPU 3: Xid 79 at 12:00",
+    )
+    assert (reason.needed_bytes, reason.available_bytes) == (20 * GIB, 23 * GIB)
+
+
+def test_of_many_unhealthy_devices_a_reason_names_three() -> None:
+    world = Snapshot.of([worker(1, 64, *[24] * 8, broken=range(8))], [])
+    (reason,) = refused(place(spec(), [gpu(1, 20)], world))
+    assert "8 of 8 GPUs are unhealthy: GPU 0: " in reason.message
+    assert reason.message.endswith("GPU 2: Xid 79 at 12:00; and 5 more")
+
+
+def test_what_would_not_fit_on_healthy_devices_either_is_no_matter_of_health() -> None:
+    world = Snapshot.of([worker(1, 64, 24, broken=(0,))], [])
+    (reason,) = refused(place(spec(), [gpu(1, 30)], world))
+    assert (reason.code, "23.0 GiB free" in reason.message) == (ReasonCode.VRAM, True)
+
+
+def test_a_way_that_a_broken_device_bars_is_the_reason_whatever_bars_the_next() -> None:
+    world = Snapshot.of([worker(1, 8, 24, broken=(0,))], [])
+    (reason,) = refused(place(spec(), [gpu(1, 20), cpu(64)], world))
+    assert reason.code is ReasonCode.UNHEALTHY
+
+
+def test_what_is_on_an_unhealthy_device_keeps_its_claim_and_stands_worst() -> None:
+    claim = Claim(vram_bytes={0: 10 * GIB})
+    (node,) = Snapshot.of([worker(1, 64, 24, 24, broken=(0,))], [(1, claim)]).nodes
+    assert node.free_vram_bytes[0] == 13 * GIB
+    assert standing(spec(), node, claim) < standing(spec(), node, Claim(vram_bytes={1: 0}))
+
+
+def test_a_worker_that_is_cordoned_or_drained_takes_nothing_and_says_why() -> None:
+    for scheduling, why, said in (
+        (Scheduling.CORDONED, "disk swap", "w1 is cordoned: disk swap"),
+        (Scheduling.CORDONED, "", "w1 is cordoned"),
+        (Scheduling.DRAINING, "new driver", "w1 is being drained: new driver"),
+    ):
+        world = Snapshot.of([worker(1, 64, scheduling=scheduling, why=why)], [])
+        (reason,) = refused(place(spec(), [cpu(1)], world))
+        assert (reason.code, reason.message) == (ReasonCode.CORDONED, said)
+
+
+def refused(answer: Placement | tuple[Reason, ...]) -> tuple[Reason, ...]:
+    assert not isinstance(answer, Placement)
+    return answer
+
+
 workers = st.lists(
-    st.tuples(st.integers(1, 64), st.lists(st.integers(1, 96), max_size=4)), min_size=1, max_size=4
+    st.tuples(
+        st.integers(1, 64),
+        st.lists(st.integers(1, 96), max_size=4),
+        st.sets(st.integers(0, 3)),
+        st.sampled_from([*[Scheduling.ACTIVE] * 3, Scheduling.CORDONED, Scheduling.DRAINING]),
+    ),
+    min_size=1,
+    max_size=4,
 )
 demands = st.lists(
     st.tuples(st.integers(0, 3), st.integers(0, 100), st.integers(0, 70)), min_size=1, max_size=4
@@ -124,13 +216,16 @@ demands = st.lists(
 
 
 @given(workers, demands, st.integers(1, 6), st.sampled_from(PlacementStrategy))
-def test_placements_never_exceed_what_a_worker_has_left(
-    sizes: list[tuple[int, list[int]]],
+def test_placements_never_exceed_what_a_worker_has_left_nor_go_where_nothing_new_may(
+    sizes: list[tuple[int, list[int], set[int], Scheduling]],
     wanted: list[tuple[int, int, int]],
     copies: int,
     strategy: PlacementStrategy,
 ) -> None:
-    found = [worker(number, ram, *vram) for number, (ram, vram) in enumerate(sizes, 1)]
+    found = [
+        worker(number, ram, *vram, broken=sorted(broken), scheduling=scheduling)
+        for number, (ram, vram, broken, scheduling) in enumerate(sizes, 1)
+    ]
     ways = [
         Demand(devices=devices, vram_bytes=vram * GIB, ram_bytes=ram * GIB)
         for devices, vram, ram in wanted
@@ -143,6 +238,9 @@ def test_placements_never_exceed_what_a_worker_has_left(
         if not isinstance(got, Placement):
             assert {reason.worker for reason in got} == {one.name for one in found}
             break
+        _, _, broken, scheduling = sizes[got.worker_id - 1]
+        assert scheduling is Scheduling.ACTIVE
+        assert not broken & got.claim.vram_bytes.keys()
         world = world.with_claim(got.worker_id, got.claim)
     for node in world.nodes:
         before = empty[node.worker.id]

@@ -105,6 +105,15 @@ CALLS: dict[tuple[str, str], Act] = {
     ("DELETE", "/v2/model-files/{file_id}"): lambda s: s.admin.delete("/v2/model-files/1"),
     ("DELETE", "/v2/models"): lambda s: s.admin.delete("/v2/models", params={"ids": "2,3"}),
     ("DELETE", "/v2/models/{model_id}"): lambda s: s.admin.delete("/v2/models/1"),
+    ("POST", "/v2/workers/{worker_id}/cordon"): lambda s: s.admin.post(
+        f"/v2/workers/{s.agent.id}/cordon", json={"reason": "disk swap"}
+    ),
+    ("POST", "/v2/workers/{worker_id}/drain"): lambda s: s.admin.post(
+        f"/v2/workers/{s.agent.id}/drain", json={}
+    ),
+    ("POST", "/v2/workers/{worker_id}/uncordon"): lambda s: s.admin.post(
+        f"/v2/workers/{s.agent.id}/uncordon"
+    ),
     ("DELETE", "/v2/workers/{worker_id}"): lambda s: s.admin.delete(f"/v2/workers/{s.agent.id}"),
     ("POST", "/v2/api-keys"): lambda s: s.admin.post("/v2/api-keys", json={"name": "k"}),
     ("PUT", "/v2/api-keys/{key_id}"): lambda s: _last_key(s, "PUT", {"name": "other"}),

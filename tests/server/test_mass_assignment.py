@@ -51,6 +51,7 @@ VALID: Final[Mapping[str, Callable[[Stage], Any]]] = {
 #: What else people call themselves when they want to be more.
 MADE_UP: Final = ("isAdmin", "is_superuser", "roles", "groups", "permissions", "user", "__class__")
 
+CORDON: Final = "workers.scheduling workers.scheduling_reason workers.generation"
 #: (route, who) -> what may differ afterwards: `table.column`, `+table` of a new row. Rows that have
 #: an owner are the principal's own before and after. Whoever is not here may change nothing.
 MAY_CHANGE: Final[Mapping[tuple[str, str], str]] = {
@@ -97,6 +98,8 @@ MAY_CHANGE: Final[Mapping[tuple[str, str], str]] = {
         "+models +model_versions -models -model_versions models.deleting models.generation"
     ),
     ("PUT /v2/workers/{worker_id}", "admin"): "workers.admin_labels workers.generation",
+    ("POST /v2/workers/{worker_id}/cordon", "admin"): CORDON,
+    ("POST /v2/workers/{worker_id}/drain", "admin"): CORDON,
     ("POST /v2/model-files", "admin"): "+model_files",
     ("POST /v2/model-files/{file_id}/reset", "admin"): "model_files.generation",
     ("POST /v2/workers/register", "join"): "+workers +credentials",

@@ -356,6 +356,8 @@ BODIES: Final[Mapping[str, Callable[[Stage], Any]]] = {
     "POST /v2/models/{model_id}/rollback": lambda s: {},
     "PUT /v2/model-instances/{instance_id}/status": lambda s: {"state": "scheduled"},
     "PUT /v2/workers/{worker_id}": lambda s: {"labels": {}},
+    "POST /v2/workers/{worker_id}/cordon": lambda s: {"reason": s.new("r")},
+    "POST /v2/workers/{worker_id}/drain": lambda s: {"reason": s.new("r")},
     "POST /v2/workers/register": lambda s: {},  # 422: else there would be one more each time
     "PUT /v2/workers/{worker_id}/registration": lambda s: s.machine("worker"),
     "PUT /v2/workers/{worker_id}/heartbeat": lambda s: s.run("worker"),

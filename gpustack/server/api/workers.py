@@ -14,9 +14,11 @@ from gpustack.schemas import wire
 from gpustack.schemas.base import Page
 from gpustack.schemas.credentials import CredentialKind
 from gpustack.schemas.workers import (
+    Cordon,
     Heartbeat,
     Registered,
     Registration,
+    Scheduling,
     Worker,
     WorkerReport,
     WorkerState,
@@ -29,12 +31,13 @@ from gpustack.server.api.repeated import Repeated
 from gpustack.server.api.streams import WATCHED
 from gpustack.server.auth.principals import Admin, Joiner, Principal, WorkerAgent
 from gpustack.server.db import tables
-from gpustack.server.db.database import WriteSession, get
+from gpustack.server.db.database import Database, ReadSession, WriteSession, get
 from gpustack.server.db.devices import set_devices
+from gpustack.server.db.drains import leaving_of
 from gpustack.server.db.instances import begin_end, on_worker, remove
 from gpustack.server.db.join_tokens import admit
 from gpustack.server.db.states import worker_state
-from gpustack.server.db.workers import is_back
+from gpustack.server.db.workers import is_back, turn_drain
 from gpustack.server.heartbeats import STOPPED_AFTER, Heartbeats
 from gpustack.server.views import worker_view
 
@@ -49,6 +52,7 @@ class WorkerQuery(WatchQuery):
 
     name: str | None = None
     state: list[WorkerState] = []
+    scheduling: list[Scheduling] = []
 
 
 @router.get("", response_model=Page[Worker], responses=WATCHED)
@@ -61,7 +65,7 @@ async def list_workers(db: Db, feed: Changes, admin: Admin, query: Asked[WorkerQ
 async def get_worker(db: Db, admin: Admin, worker_id: Id, response: Response) -> Worker:
     """The ETag is the generation: an update may name it in If-Match."""
     async with db.read() as session:
-        worker = worker_view(await get(session, tables.Worker, worker_id))
+        worker = await _shown(session, await get(session, tables.Worker, worker_id))
     tag(response, worker.generation)
     return worker
 
@@ -76,18 +80,83 @@ async def update_worker(
     is. Without If-Match or `generation`, the last writer wins.
     """
     async with db.write() as session:
-        row = await get(session, tables.Worker, worker_id)
-        expect(
-            session,
-            f"worker {row.name}",
-            row.generation,
-            header=if_match,
-            body=wanted.generation,
-            current=worker_view(row).model_dump(mode="json"),
-        )
+        row = await _expected(session, worker_id, if_match, wanted.generation)
         change(row, {"admin_labels": wanted.labels})
-    tag(response, row.generation)
-    return worker_view(row)
+        worker = await _shown(session, row)
+    tag(response, worker.generation)
+    return worker
+
+
+@router.post("/{worker_id}/cordon")
+async def cordon_worker(
+    db: Db, admin: Admin, worker_id: Id, body: Cordon, if_match: IfMatch, response: Response
+) -> Worker:
+    """Let no new instances come to the worker. What runs there stays; a drain of it ends.
+
+    Compared as PUT has it, as are `drain` and `uncordon`.
+    """
+    return await _schedule(db, worker_id, Scheduling.CORDONED, body, if_match, response)
+
+
+@router.post("/{worker_id}/drain")
+async def drain_worker(
+    db: Db, admin: Admin, worker_id: Id, body: Cordon, if_match: IfMatch, response: Response
+) -> Worker:
+    """Let no new instances come to the worker, and have those that are there leave.
+
+    Each goes once another in its place answers elsewhere, and ends its requests first. One that
+    fits nowhere else stays, and goes when it does. `leaving` says what is still there.
+    """
+    return await _schedule(db, worker_id, Scheduling.DRAINING, body, if_match, response)
+
+
+@router.post("/{worker_id}/uncordon")
+async def uncordon_worker(
+    db: Db, admin: Admin, worker_id: Id, if_match: IfMatch, response: Response
+) -> Worker:
+    """Let new instances come to the worker again. What a drain has not moved yet stays."""
+    body = Cordon(reason="")
+    return await _schedule(db, worker_id, Scheduling.ACTIVE, body, if_match, response)
+
+
+async def _schedule(
+    db: Database,
+    worker_id: int,
+    scheduling: Scheduling,
+    body: Cordon,
+    if_match: frozenset[int] | None,
+    response: Response,
+) -> Worker:
+    async with db.write() as session:
+        row = await _expected(session, worker_id, if_match, body.generation)
+        reason = row.scheduling_reason if body.reason is None else body.reason
+        if row.scheduling != scheduling:
+            await turn_drain(session, row, scheduling)
+        change(row, {"scheduling": scheduling, "scheduling_reason": reason})
+        worker = await _shown(session, row)
+    tag(response, worker.generation)
+    return worker
+
+
+async def _expected(
+    session: WriteSession, worker_id: int, if_match: frozenset[int] | None, body: int | None
+) -> tables.Worker:
+    """The row that is to be changed, if that is meant."""
+    row = await get(session, tables.Worker, worker_id)
+    current = await _shown(session, row)
+    expect(
+        session,
+        f"worker {row.name}",
+        row.generation,
+        header=if_match,
+        body=body,
+        current=current.model_dump(mode="json"),
+    )
+    return row
+
+
+async def _shown(session: ReadSession, row: tables.Worker) -> Worker:
+    return worker_view(row, (await leaving_of(session, [row])).get(row.key()[1], []))
 
 
 @router.delete("/{worker_id}", status_code=204)

@@ -1,7 +1,7 @@
 """What the plan of a roll rests on: rows in, facts out."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -12,6 +12,7 @@ from gpustack.scheduler.snapshot import Snapshot
 from gpustack.scheduler.standing import standing
 from gpustack.schemas.instances import InstanceState
 from gpustack.schemas.placements import Claim, Placement, ReasonCode
+from gpustack.schemas.workers import Scheduling
 from gpustack.server.controllers.placement import decided
 from gpustack.server.controllers.rolling import Copy, Facts, Phase, Room, needs_room
 from gpustack.server.controllers.world import World
@@ -41,7 +42,8 @@ async def facts_of(
     wanted = await newest_version(session, model.key()[1])
     seen = await _instances(session, model)
     rows = {one.row.key()[1]: one.row for one in seen}
-    copies = [_copy(one, wanted) for one in seen if not _is_out_of_reach(one)]
+    parts = await _parts_leaving(session, model)
+    copies = [_copy(one, wanted, parts) for one in seen if not _is_out_of_reach(one)]
     replicas = 0 if model.deleting else model.replicas
     facts = Facts(replicas, wanted.id or 0, copies)
     live = sum(copy.phase is not Phase.STOPPING for copy in copies)
@@ -57,7 +59,8 @@ async def facts_of(
     if not is_rolling:
         return rows, facts
     busy = await _busy(session, model, [node.worker.id for node in snapshot.nodes])
-    places = [c for c in copies if not c.wanted and c.worker is not None and c.worker not in busy]
+    old = [c for c in copies if not c.wanted and not c.leaving]
+    places = [c for c in old if c.worker is not None and c.worker not in busy]
     room = _room(model, wanted, snapshot, counts, places, claims) if wanted.profile else None
     return rows, replace(facts, room=room, busy=busy)
 
@@ -78,7 +81,18 @@ def _is_out_of_reach(one: _Seen) -> bool:
     return one.row.deleting and one.worker is not None and one.worker.silent
 
 
-def _copy(one: _Seen, wanted: ModelVersion) -> Copy:
+async def _parts_leaving(session: WriteSession, model: Model) -> dict[int, str]:
+    """Instances of which a part is on a worker that is being drained, each with its name."""
+    query = (
+        select(Member.instance_id, Worker.name)
+        .join(Instance, col(Instance.id) == Member.instance_id)
+        .join(Worker, col(Worker.id) == Member.worker_id)
+        .where(Instance.model_id == model.id, Worker.scheduling == Scheduling.DRAINING)
+    )
+    return dict((await session.exec(query.order_by(col(Member.rank).desc()))).all())
+
+
+def _copy(one: _Seen, wanted: ModelVersion, parts_leaving: Mapping[int, str] | None = None) -> Copy:
     phase = _phase(one.row, one.worker)
     said = one.row.state_message if phase is Phase.FAILED else ""
     if phase is Phase.WAITING:
@@ -86,8 +100,10 @@ def _copy(one: _Seen, wanted: ModelVersion) -> Copy:
         said = _joined(
             [str(r["message"]) for r in one.row.reasons if r["code"] != ReasonCode.PROFILE]
         )
+    leaves = one.worker is not None and one.worker.scheduling == Scheduling.DRAINING
+    row_id = one.row.key()[1]
     return Copy(
-        id=one.row.key()[1],
+        id=row_id,
         version=one.row.version_id,
         wanted=is_same(one.version, wanted),
         phase=phase,
@@ -95,6 +111,7 @@ def _copy(one: _Seen, wanted: ModelVersion) -> Copy:
         fallback=one.row.fallback_version_id,
         name=one.row.name,
         said=said,
+        leaving=one.worker.name if one.worker and leaves else (parts_leaving or {}).get(row_id, ""),
     )
 
 

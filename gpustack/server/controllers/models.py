@@ -2,12 +2,13 @@
 
 import random
 import string
+from collections.abc import Mapping
 
 from gpustack.server.controllers.copies import facts_of
-from gpustack.server.controllers.rolling import Add, GiveUp, Plan, Remove, plan_roll
+from gpustack.server.controllers.rolling import Add, Copy, GiveUp, Phase, Plan, Remove, plan_roll
 from gpustack.server.controllers.world import World
 from gpustack.server.db.database import Database, WriteSession, touch
-from gpustack.server.db.instances import because, begin_end
+from gpustack.server.db.instances import because, begin_end, touch_draining
 from gpustack.server.db.tables import Instance, Model
 
 #: A roll that waits for what nobody tells of looks again so often.
@@ -35,9 +36,12 @@ class Models:
                 return None
             rows, facts = await facts_of(session, model, self._world)
             plan = plan_roll(facts)
-            wanted = {copy.id for copy in facts.copies if copy.wanted}
-            await _carry_out(session, model, rows, plan, wanted)
+            copies = {copy.id: copy for copy in facts.copies}
+            await _carry_out(session, model, rows, plan, copies)
             why = "" if model.deleting else plan.why[:MESSAGE_LIMIT]
+            if plan.steps or model.rollout_message != why:
+                leaving = [copy.id for copy in facts.copies if copy.leaving]
+                await touch_draining(session, leaving)  # they show how far the drain is
             if model.rollout_message != why:
                 model.rollout_message = why
             if model.deleting and not rows:
@@ -47,20 +51,25 @@ class Models:
 
 
 async def _carry_out(
-    session: WriteSession, model: Model, rows: dict[int, Instance], plan: Plan, wanted: set[int]
+    session: WriteSession,
+    model: Model,
+    rows: dict[int, Instance],
+    plan: Plan,
+    copies: Mapping[int, Copy],
 ) -> None:
+    why_new = _why(model, copies)
     for step in plan.steps:
         match step:
             case Add(version, fallback):
                 made = _instance(model, version, fallback)
                 session.add(made)
-                because(session, made, _wanted(model) if fallback is None else _REPLACES)
+                because(session, made, why_new if fallback is None else _REPLACES)
             case GiveUp(id):
                 rows[id].fallback_version_id = None
             case Remove(id) if rows[id].worker_id is None:  # nobody has anything of it
                 await session.delete(rows.pop(id))
             case Remove(id):
-                begin_end(session, rows[id], model, _why_not(model, rows[id], wanted))
+                begin_end(session, rows[id], model, _why_not(model, copies.get(id)))
     if plan.steps:
         touch(session, model)
 
@@ -69,11 +78,22 @@ def _wanted(model: Model) -> str:
     return f"the model wants {model.replicas} instance{'' if model.replicas == 1 else 's'}"
 
 
-def _why_not(model: Model, row: Instance, wanted: set[int]) -> str:
-    """Why an instance is stopped. `wanted` are the instances of the wanted version."""
+def _why(model: Model, copies: Mapping[int, Copy]) -> str:
+    """Why an instance is made, if not in the place of one that is gone."""
+    live = [copy for copy in copies.values() if copy.phase is not Phase.STOPPING]
+    leaving = next((copy for copy in live if copy.leaving), None)
+    if leaving is None or len(live) < model.replicas:
+        return _wanted(model)
+    return f"{leaving.name} is to leave {leaving.leaving}, which is being drained"
+
+
+def _why_not(model: Model, copy: Copy | None) -> str:
+    """Why an instance is stopped."""
     if model.deleting:
         return "its model is being deleted"
-    return _wanted(model) if row.id in wanted else "it is of another version than wanted"
+    if copy and copy.leaving and model.replicas:
+        return f"it leaves {copy.leaving}, which is being drained"
+    return _wanted(model) if copy and copy.wanted else "it is of another version than wanted"
 
 
 def _instance(model: Model, version: int, fallback: int | None) -> Instance:

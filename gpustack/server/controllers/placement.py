@@ -15,9 +15,10 @@ from gpustack.scheduler.snapshot import Snapshot
 from gpustack.schemas.models import VersionSpec
 from gpustack.schemas.placements import Placement, Reason, ReasonCode
 from gpustack.schemas.profiles import Profile
+from gpustack.schemas.workers import Scheduling
 from gpustack.server.controllers.world import World
 from gpustack.server.db.database import Database, ReadSession, WriteSession, touch
-from gpustack.server.db.tables import Instance, Model, ModelVersion
+from gpustack.server.db.tables import Instance, Model, ModelVersion, Worker
 from gpustack.server.views import whole_spec
 
 logger = logging.getLogger(__name__)
@@ -70,6 +71,8 @@ class Placements:
             instance, model, version = rows[key]
             counts = per_model.setdefault(instance.model_id, Counter())
             decision = decided(model, version, snapshot.with_instances(counts))
+            if isinstance(decision, Placement) and not await _is_open(session, decision.worker_id):
+                continue  # what closed it comes with a hint, and this instance is looked at again
             if isinstance(decision, Placement):
                 snapshot = snapshot.with_claim(decision.worker_id, decision.claim)
                 counts[decision.worker_id] += 1
@@ -79,6 +82,16 @@ class Placements:
                 return True
             await asyncio.sleep(0)  # a decision takes milliseconds where there are many workers
         return False
+
+
+async def _is_open(session: WriteSession, worker_id: int) -> bool:
+    """Whether the worker takes new instances, from now until the commit.
+
+    Its row is locked: once a cordon is acknowledged, nothing more is placed there.
+    """
+    row = select(Worker.scheduling).where(Worker.id == worker_id).with_for_update(read=True)
+    with session.no_autoflush:
+        return (await session.exec(row)).one_or_none() == Scheduling.ACTIVE
 
 
 def _note(

@@ -8,6 +8,9 @@ A roll replaces the instances of other versions, one by one. Where the scheduler
 instance more, that one comes first and an old one goes once it answers. Else an old one goes first
 and the new one gets its place; if it does not fit there after all, the old version is placed again.
 The first failure of a new instance stops the roll: what is left of the old version serves.
+
+What is on a worker that is being drained is replaced like what is of another version, but never to
+make room: it goes once its successor answers, or stays.
 """
 
 from collections.abc import Iterable, Sequence
@@ -41,6 +44,7 @@ class Copy:
     Attributes:
         version: id of the version that it was made with.
         wanted: that version is what the model's spec says now.
+        leaving: name of the worker that it is to leave, for that one is being drained; empty: none.
         fallback: of one that waits for the place of another: the version that was there.
         worth: how well it is placed; larger is better. See `scheduler.standing`.
         said: why it is in this phase, for people.
@@ -55,6 +59,12 @@ class Copy:
     worth: tuple[float, ...] = ()
     name: str = ""
     said: str = ""
+    leaving: str = ""
+
+    @property
+    def stays(self) -> bool:
+        """It is what is wanted, where it may be: nothing has to take its place."""
+        return self.wanted and not self.leaving
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,20 +145,20 @@ def needs_room(copies: Iterable[Copy]) -> bool:
     return any(
         copy.fallback is not None
         if copy.phase is Phase.WAITING and copy.wanted
-        else not copy.wanted and copy.phase is not Phase.STOPPING
+        else not copy.stays and copy.phase is not Phase.STOPPING
         for copy in copies
     )
 
 
 def plan_roll(facts: Facts) -> Plan:
-    """The next steps towards `replicas` instances of the wanted version.
+    """The next steps towards `replicas` instances of the wanted version, none of them to leave.
 
     What always holds: there are never more than `replicas` + 1 instances because of a roll, and
     of those that were ready never fewer than `replicas` - 1 stay so.
     """
     live = [copy for copy in facts.copies if copy.phase is not Phase.STOPPING]
-    new = [copy for copy in live if copy.wanted]
-    old = [copy for copy in live if not copy.wanted]
+    new = [copy for copy in live if copy.stays]
+    old = [copy for copy in live if not copy.stays]
     surplus = _surplus(facts.replicas, live, new, old)
     if surplus:
         return Plan(tuple(Remove(copy.id) for copy in surplus))
@@ -160,7 +170,7 @@ def plan_roll(facts: Facts) -> Plan:
     if missing > 0:
         # What is broken is not spread: while it is, the version that serves fills the gaps.
         is_sound = facts.room is not None and not _first(new, Phase.FAILED)
-        newest_old = max((copy.version for copy in old), default=facts.version)
+        newest_old = max((copy.version for copy in old if not copy.wanted), default=facts.version)
         version = facts.version if is_sound else newest_old
         return Plan((Add(version),) * missing)
     if old:
@@ -184,7 +194,7 @@ def _surplus(
 
 def _value(copy: Copy) -> tuple[object, ...]:
     """The least valuable sorts first; of equals the youngest."""
-    return (_ORDER[copy.phase], copy.wanted, copy.worth, -copy.id)
+    return (_ORDER[copy.phase], copy.stays, copy.wanted, copy.worth, -copy.id)
 
 
 def _misfit(facts: Facts, new: Sequence[Copy]) -> Copy | None:
@@ -215,7 +225,8 @@ def _replacement(
     if any(copy.phase is not Phase.READY for copy in new) or _stopping(facts):
         return Plan(why=_trouble(new))
     room, busy = facts.room, facts.busy or {}
-    free = sorted((copy for copy in old if copy.worker not in busy), key=_value)
+    # On the worker that it leaves, one that leaves takes nobody's room.
+    free = sorted((one for one in old if one.leaving or one.worker not in busy), key=_value)
     if not free:
         model = next(busy[copy.worker] for copy in old if copy.worker in busy)
         return Plan(why=f"waits for the roll of {model} on the same worker", look_again=True)
@@ -226,7 +237,8 @@ def _next(
     version: int, live: Sequence[Copy], free: Sequence[Copy], room: Room, busy: dict[int, str]
 ) -> Plan:
     elsewhere = room.worker is not None and room.worker not in busy
-    for copy in free:
+    staying = [copy for copy in free if not copy.leaving]
+    for copy in staying:
         fits = elsewhere or copy.id in room.instead_of
         if copy.phase in {Phase.FAILED, Phase.STARTING} and fits:  # it answers nobody
             return Plan((Remove(copy.id), Add(version, fallback=copy.version)))
@@ -235,7 +247,10 @@ def _next(
         return Plan(why=why, look_again=True)
     if room.worker is not None:
         return Plan((Add(version),))
-    place = next((copy for copy in free if copy.id in room.instead_of), None)
+    place = next((copy for copy in staying if copy.id in room.instead_of), None)
+    if place is None and not staying:
+        why = f"{free[0].name} stays on {free[0].leaving}, for there is no room elsewhere"
+        return Plan(why=f"{why}: {room.why}", look_again=True)
     if place is None:
         why = "there is no room for one more instance, nor would there be in place of an old one"
         return Plan(why=f"{why}: {room.why}", look_again=True)

@@ -87,7 +87,9 @@ AUDITED: Final[Mapping[type, Subject]] = {
     tables.Worker: Subject(
         wire.WORKERS,
         "name",
-        frozenset({"name", "ip", "port", "admin_labels"}),
+        frozenset(
+            {"name", "ip", "port", "admin_labels", "scheduling", "scheduling_reason"}
+        ),
         frozenset(
             {"id", "revision", "generation", "hostname", "machine_id", "boot_id", "run_id",
              "labels", "system_reserved_ram_bytes", "system_reserved_vram_bytes", "version",

@@ -3,12 +3,13 @@
 An instance's model is told each time: what it shows depends on it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from sqlmodel import col, or_, select
 
+from gpustack.schemas.workers import Scheduling
 from gpustack.server.db.database import ReadSession, WriteSession, touch
-from gpustack.server.db.tables import Instance, Member, Model
+from gpustack.server.db.tables import Instance, Member, Model, Worker
 
 
 async def on_worker(session: ReadSession, worker_id: int) -> Sequence[Instance]:
@@ -32,7 +33,20 @@ def begin_end(session: WriteSession, row: Instance, model: Model, why: str) -> N
         touch(session, model)
 
 
+async def touch_draining(session: WriteSession, ids: Collection[int]) -> None:
+    """Tell whoever watches a drain that something happens to these instances on its worker."""
+    if not ids:
+        return
+    wholes = select(Instance.worker_id).where(col(Instance.id).in_(ids))
+    parts = select(Member.worker_id).where(col(Member.instance_id).in_(ids))
+    has_them = or_(col(Worker.id).in_(wholes), col(Worker.id).in_(parts))
+    query = select(Worker).where(Worker.scheduling == Scheduling.DRAINING, has_them)
+    for worker in (await session.exec(query.order_by(col(Worker.id)))).all():
+        touch(session, worker)
+
+
 async def remove(session: WriteSession, row: Instance) -> None:
     """Delete the row: nothing of the instance runs any more."""
     touch(session, await session.get_one(Model, row.model_id))
+    await touch_draining(session, [row.key()[1]])
     await session.delete(row)

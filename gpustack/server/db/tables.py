@@ -16,6 +16,7 @@ from gpustack.schemas import wire
 from gpustack.schemas.credentials import CredentialKind
 from gpustack.schemas.models import AccessPolicy
 from gpustack.schemas.users import Source
+from gpustack.schemas.workers import SCHEDULING_REASON_LIMIT, Scheduling
 from gpustack.server.db import types
 
 #: Of what an identity provider says; with its source they fit into MySQL's longest index.
@@ -235,6 +236,8 @@ class Worker(Watched, table=True):
 
     # spec: administrators
     admin_labels: dict[str, str] = _json(default_factory=dict)
+    scheduling: str = _text(16, default=Scheduling.ACTIVE)
+    scheduling_reason: str = _text(SCHEDULING_REASON_LIMIT, default="")
     generation: int = 1
     # registration
     name: str = _text(253, unique=True)

@@ -14,6 +14,7 @@ from gpustack.schemas import wire
 from gpustack.schemas.events import EventType
 from gpustack.schemas.instances import InstanceState
 from gpustack.schemas.model_files import ModelFileState
+from gpustack.schemas.workers import Scheduling
 from gpustack.server.db.diffs import Diff
 from gpustack.server.db.tables import Instance, Model, ModelFile, ModelVersion, Worker
 
@@ -147,11 +148,20 @@ def _worker(diff: Diff, around: Around) -> Iterator[Happening]:
         yield about(EventType.CHANGED, f"what it has: {', '.join(names)}")
     if names := [name for name in _REGISTRATION if diff.changed(name)]:
         yield about(EventType.CHANGED, ", ".join(names))
+    if diff.changed("scheduling", "scheduling_reason"):
+        yield about(_SCHEDULED[Scheduling(row.scheduling)], row.scheduling_reason)
     if diff.changed("admin_labels"):
         was = _labels(diff.was("admin_labels"))
         yield about(
             EventType.CHANGED, f"labels from administrators {was} -> {_labels(row.admin_labels)}"
         )
+
+
+_SCHEDULED = {
+    Scheduling.ACTIVE: EventType.UNCORDONED,
+    Scheduling.CORDONED: EventType.CORDONED,
+    Scheduling.DRAINING: EventType.DRAINING,
+}
 
 
 def _silence(row: Worker, about: "_About", around: Around) -> Iterator[Happening]:

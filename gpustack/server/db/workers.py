@@ -5,6 +5,7 @@ from typing import Any
 
 from sqlmodel import col, select
 
+from gpustack.schemas.workers import Scheduling
 from gpustack.server.db.database import WriteSession, touch
 from gpustack.server.db.instances import on_worker
 from gpustack.server.db.tables import Model, Worker
@@ -30,9 +31,19 @@ async def set_silent(session: WriteSession, worker: Worker, *, silent: bool) -> 
     if worker.silent == silent:
         return
     worker.silent = silent
-    on_it = await on_worker(session, worker.key()[1])
-    for instance in on_it:
+    for instance in await on_worker(session, worker.key()[1]):
         touch(session, instance)
+    await _touch_models(session, worker)
+
+
+async def turn_drain(session: WriteSession, worker: Worker, to: Scheduling) -> None:
+    """Have the models of what is on the worker looked at, if that is to leave, or no longer."""
+    if Scheduling.DRAINING in {worker.scheduling, to}:
+        await _touch_models(session, worker)
+
+
+async def _touch_models(session: WriteSession, worker: Worker) -> None:
+    on_it = await on_worker(session, worker.key()[1])
     its_models = select(Model).where(col(Model.id).in_({one.model_id for one in on_it}))
     for model in (await session.exec(its_models)).all():
         touch(session, model)
