@@ -17,6 +17,7 @@ from gpustack.worker.attempts import Memory
 from gpustack.worker.certificate import OwnCertificate
 from gpustack.worker.control import Control
 from gpustack.worker.desired import Desired
+from gpustack.worker.detectors.detection import Detection
 from gpustack.worker.enrolment import (
     Enrolment,
     changeable,
@@ -71,6 +72,7 @@ async def run(
     policy: Policy | None = None,
     limits: Limits | None = None,
     rhythm: Rhythm | None = None,
+    detection: Detection | None = None,
 ) -> None:
     """The agent, once it alone acts for its data directory, until `leave` returns.
 
@@ -96,7 +98,8 @@ async def run(
         files = _files(group, settings, name, told)
         control = _control(group, settings, files, name, policy, limits)
         orders = FileOrders(group, files, told, lambda: control.sources)
-        session = Session(enrolment, control, orders, rhythm)
+        detection = detection or Detection()
+        session = Session(enrolment, control, orders, detection, rhythm)
         talking = group.create_task(session.run())
         logs = keep_logs(settings.log_dir, lambda: control.instances)
         tasks = [group.create_task(control.run()), talking, group.create_task(logs)]

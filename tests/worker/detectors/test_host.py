@@ -1,13 +1,5 @@
-import asyncio
-import time
-from pathlib import Path
-
-import pytest
-
-from gpustack.schemas.workers import Device
-from gpustack.worker.detectors import detect
+from gpustack.worker.detectors.detection import Detection
 from gpustack.worker.detectors.host import memory_limit
-from gpustack.worker.detectors.tools import Tools
 
 V2 = "0::/user.slice/app\n"
 V1 = "12:cpu,cpuacct:/docker/x\n5:memory:/docker/x\n"
@@ -41,41 +33,8 @@ def test_the_limits_of_cgroup_v1_are_read_too() -> None:
 
 
 async def test_this_machine_has_processors_and_memory() -> None:
-    status = await detect()
+    detection = Detection()
+    status = await detection.look()
     assert status.cpu_count >= 1
     assert 0 < status.memory_used_bytes < status.memory_total_bytes
-    assert status.facts() == (await detect()).facts()
-
-
-class Tool:
-    """A vendor's detector for tests: its command prints lines of "index name bytes"."""
-
-    vendor = "test"
-
-    def __init__(self, *command: str) -> None:
-        self.command = command
-
-    def look(self, tools: Tools) -> list[Device]:
-        if not tools.has(self.command[0]):
-            return []
-        rows = (line.split() for line in tools.run(*self.command).splitlines())
-        return [
-            Device(index=int(index), name=name, vendor="test", memory_total_bytes=int(size))
-            for index, name, size in rows
-        ]
-
-
-async def test_devices_come_from_the_tools_that_are_there(tmp_path: Path) -> None:
-    good = Tool("sh", "-c", "echo 0 card 1024; echo 1 card 2048")
-    absent = Tool(str(tmp_path / "no-such-tool"))
-    broken, odd = Tool("sh", "-c", "exit 3"), Tool("sh", "-c", "echo what is this")
-    status = await detect([absent, broken, odd, good])
-    assert [device.memory_total_bytes for device in status.gpu_devices] == [1024, 2048]
-
-
-async def test_a_tool_that_hangs_holds_up_nobody() -> None:
-    began = time.monotonic()
-    with pytest.raises(TimeoutError):
-        await detect([Tool("sleep", "2"), Tool("sleep", "2")], limit_s=0.2)
-    await asyncio.sleep(0)
-    assert time.monotonic() - began < 1
+    assert status.facts() == (await detection.look()).facts()
