@@ -121,6 +121,7 @@ async def run(
             task.cancel()
         orders.let_go()
         control.let_go()
+        detection.close()
 
 
 async def _keep(certificate: OwnCertificate, enrolment: Enrolment, *, every_s: float) -> None:

@@ -7,6 +7,7 @@ A vendor's file defines a `Detector` and stands in `DETECTORS`; nothing else has
 from typing import Protocol
 
 from gpustack.schemas.workers import Device
+from gpustack.worker.detectors.nvidia import Nvidia
 from gpustack.worker.detectors.tools import Tools
 
 
@@ -28,6 +29,4 @@ class Detector(Protocol):
         ...
 
 
-DETECTORS: tuple[Detector, ...] = (
-    #
-)
+DETECTORS: tuple[Detector, ...] = (Nvidia(),)  # fmt: skip  one a line

@@ -74,6 +74,11 @@ class Detection:
         self._status = status.model_copy(update={"gpu_devices": devices})
         return self._status
 
+    def close(self) -> None:
+        """End what detectors have started and that stays; there is no look after this."""
+        for vendor in self._vendors:
+            vendor.close()
+
     @property
     def status(self) -> WorkerStatus | None:
         """What the last look saw; None: there was none yet."""
@@ -115,6 +120,9 @@ class _Vendor:
         self._tell(before.complaints)
         return self._known.devices
 
+    def close(self) -> None:
+        self._tools.close()
+
     def _look(self) -> list[Device]:
         self._tools.begin()
         return [self._with_owners(device) for device in self._detector.look(self._tools)]
@@ -141,6 +149,7 @@ class _Vendor:
 def _why(said: Exception | None, limit_s: float) -> str:
     if said is None:
         return f"it has not answered within {limit_s:g} s: its driver may hang"
-    if isinstance(said, ToolFailed | ValueError):
-        return str(said)
-    return f"what it said is not understood: {said!r}"
+    sentence = " ".join(str(said).split())
+    if isinstance(said, ToolFailed):
+        return sentence
+    return f"what it said is not understood: {sentence or type(said).__name__}"

@@ -27,11 +27,7 @@ def arch() -> str:
 
 def status() -> WorkerStatus:
     """This machine without its accelerators; the processor's use is since the last call."""
-    memory = psutil.virtual_memory()
-    total, used = memory.total, memory.total - memory.available
-    limit = memory_limit(_text("/proc/self/cgroup"), _text)
-    if limit is not None and limit[0] < total:
-        total, used = limit
+    total, used = memory()
     return WorkerStatus(
         os=os_name(),
         arch=arch(),
@@ -39,8 +35,18 @@ def status() -> WorkerStatus:
         cpu_count=_cpus(),
         memory_total_bytes=total,
         cpu_percent=psutil.cpu_percent(),
-        memory_used_bytes=min(used, total),
+        memory_used_bytes=used,
     )
+
+
+def memory() -> tuple[int, int]:
+    """Total and used, bytes, of this machine or of the container that we are in."""
+    memory = psutil.virtual_memory()
+    total, used = memory.total, memory.total - memory.available
+    limit = memory_limit(_text("/proc/self/cgroup"), _text)
+    if limit is not None and limit[0] < total:
+        total, used = limit
+    return total, min(used, total)
 
 
 def _cpus() -> int:
