@@ -13,9 +13,10 @@ from gpustack.lib import platform
 #: Seconds for everything that one vendor's detector runs.
 LIMIT_S: Final = 10.0
 
-#: Bytes that are read of what a tool prints, to each of its two outputs. `rocm-smi --json` of 16
-#: cards comes to less than 100 KB.
-LIMIT_BYTES: Final = 8 << 20
+#: Bytes that are read of what a tool prints, to each of its two outputs. Vendors' JSON for 16 cards
+#: comes to less than 100 KB. Reading more than 1 MB of JSON holds up the event loop for longer than
+#: 50 ms, since no other thread runs meanwhile.
+LIMIT_BYTES: Final = 512 << 10
 
 #: Seconds between two looks whether a tool that keeps its outputs open has ended.
 _POLL_S: Final = 0.05
@@ -133,7 +134,7 @@ class Tools:
                         process.wait(timeout=1.0)
                     raise ToolFailed(_ended(process.poll()))
                 if len(printed) > LIMIT_BYTES:
-                    raise ToolFailed(f"printed more than {LIMIT_BYTES >> 20} MiB")
+                    raise ToolFailed(f"printed more than {LIMIT_BYTES >> 10} KiB")
         return printed.decode(errors="replace")
 
     def _read(self, process: subprocess.Popen[bytes]) -> tuple[bytes, bytes]:
@@ -154,7 +155,7 @@ class Tools:
                     if not _take(output, printed[output]):
                         selector.unregister(output)
                     elif len(printed[output]) > LIMIT_BYTES:
-                        raise ToolFailed(f"printed more than {LIMIT_BYTES >> 20} MiB")
+                        raise ToolFailed(f"printed more than {LIMIT_BYTES >> 10} KiB")
                 if ended:
                     return bytes(printed[outputs[0]]), bytes(printed[outputs[1]])
                 if not selector.get_map():

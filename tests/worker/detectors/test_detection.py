@@ -272,7 +272,7 @@ async def test_processes_are_named_by_whose_engine_they_are_and_the_largest_are_
 def test_a_tool_that_never_stops_printing_is_ended_with_all_that_it_started(tmp_path: Path) -> None:
     pids = tmp_path / "pids"
     tools = Tools(limit_s=60)
-    with pytest.raises(ToolFailed, match="printed more than 8 MiB"):
+    with pytest.raises(ToolFailed, match="printed more than 512 KiB"):
         tools.run("sh", "-c", f"sleep 60 & echo $! > {pids}; echo $$ >> {pids}; exec cat /dev/zero")
     first, second = (int(pid) for pid in pids.read_text().split())
     soon(lambda: not any(map(platform.start_ticks, (first, second))), "both have ended")
