@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
 
-from gpustack.config import load
+from gpustack.config import load, resources
 from gpustack.config.options import Settings
 from gpustack.lib import role
 from gpustack.lib.locks import take_over
@@ -98,7 +98,7 @@ async def run(
         files = _files(group, settings, name, told)
         control = _control(group, settings, files, name, policy, limits)
         orders = FileOrders(group, files, told, lambda: control.sources)
-        detection = detection or Detection()
+        detection = detection or Detection(resources=resources.read(settings.resources or {}))
         session = Session(enrolment, control, orders, detection, rhythm)
         talking = group.create_task(session.run())
         logs = keep_logs(settings.log_dir, lambda: control.instances)

@@ -5,8 +5,9 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Final
 
+from gpustack.config.resources import Resources
 from gpustack.schemas.workers import Device, DeviceProcess, WorkerStatus
-from gpustack.worker.detectors import DETECTORS, Detector, host
+from gpustack.worker.detectors import DETECTORS, Detector, declared, host
 from gpustack.worker.detectors.asking import Asking
 from gpustack.worker.detectors.known import Known, after_answer, after_failure, alike, distinct
 from gpustack.worker.detectors.tools import LIMIT_S, ToolFailed, Tools
@@ -35,6 +36,7 @@ class Detection:
         owner: called in detectors' threads; may block.
         limit_s: seconds after which a detector that has not answered is taken for hung.
         patience_s: seconds that a look waits for a detector that has answered before.
+        resources: what the config file declares: its devices are all that there are.
     """
 
     def __init__(
@@ -44,7 +46,11 @@ class Detection:
         owner: Owner = lambda _: None,
         limit_s: float = LIMIT_S,
         patience_s: float = PATIENCE_S,
+        resources: Resources = Resources(),  # noqa: B008  frozen
     ) -> None:
+        if (devices := declared.devices(resources)) is not None:
+            detectors = [declared.Declared(devices)]
+        self._resources = resources
         self._vendors = [_Vendor(one, owner, limit_s, patience_s) for one in detectors]
         self._host = Asking("host", host.status)
         self._limit_s = limit_s
@@ -71,7 +77,9 @@ class Detection:
             self._left_out = left_out
         if (status := machine.result()) is None:
             raise TimeoutError("this machine does not say what it has")
-        self._status = status.model_copy(update={"gpu_devices": devices})
+        self._status = declared.with_declared(
+            status.model_copy(update={"gpu_devices": devices}), self._resources
+        )
         return self._status
 
     def close(self) -> None:
