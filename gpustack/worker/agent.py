@@ -4,6 +4,7 @@ import asyncio
 import logging
 import socket
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -18,6 +19,7 @@ from gpustack.worker.certificate import OwnCertificate
 from gpustack.worker.control import Control
 from gpustack.worker.desired import Desired
 from gpustack.worker.detectors.detection import Detection
+from gpustack.worker.device_processes import owners
 from gpustack.worker.enrolment import (
     Enrolment,
     changeable,
@@ -98,7 +100,7 @@ async def run(
         files = _files(group, settings, name, told)
         control = _control(group, settings, files, name, policy, limits)
         orders = FileOrders(group, files, told, lambda: control.sources)
-        detection = detection or Detection(resources=resources.read(settings.resources or {}))
+        detection = detection or _detection(settings)
         session = Session(enrolment, control, orders, detection, rhythm)
         talking = group.create_task(session.run())
         logs = keep_logs(settings.log_dir, lambda: control.instances)
@@ -144,6 +146,13 @@ def _answering(
     if (sock := sockets.get("worker-metrics")) is not None:
         records, force_auth = Records(settings.data_dir), settings.force_auth_localhost
         yield metrics.serve(sock, control, records, force_auth=force_auth)
+
+
+def _detection(settings: Settings) -> Detection:
+    return Detection(
+        owners=partial(owners, Records(settings.data_dir)),
+        resources=resources.read(settings.resources or {}),
+    )
 
 
 def _files(

@@ -2,11 +2,11 @@
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Final
 
 from gpustack.config.resources import Resources
-from gpustack.schemas.workers import Device, DeviceProcess, WorkerStatus
+from gpustack.schemas.workers import Device, WorkerStatus
 from gpustack.worker.detectors import DETECTORS, Detector, declared, host
 from gpustack.worker.detectors.asking import Asking
 from gpustack.worker.detectors.known import Known, after_answer, after_failure, alike, distinct
@@ -22,8 +22,8 @@ PATIENCE_S: Final = 2.0
 #: "it has not answered".
 _TOOLS_SHARE: Final = 0.8
 
-#: Whose engine a process is; None: not ours.
-Owner = Callable[[int], int | None]
+#: Pids -> the instances whose engines' they are. Called in detectors' threads; may block.
+Owners = Callable[[Collection[int]], Mapping[int, int]]
 
 
 class Detection:
@@ -33,7 +33,7 @@ class Detection:
     and one warning. It delays no other vendor, nor what the machine itself says.
 
     Args:
-        owner: called in detectors' threads; may block.
+        owners: told which processes use a device.
         limit_s: seconds after which a detector that has not answered is taken for hung.
         patience_s: seconds that a look waits for a detector that has answered before.
         resources: what the config file declares: its devices are all that there are.
@@ -43,7 +43,7 @@ class Detection:
         self,
         detectors: Sequence[Detector] = DETECTORS,
         *,
-        owner: Owner = lambda _: None,
+        owners: Owners = lambda _: {},
         limit_s: float = LIMIT_S,
         patience_s: float = PATIENCE_S,
         resources: Resources = Resources(),  # noqa: B008  frozen
@@ -51,7 +51,7 @@ class Detection:
         if (devices := declared.devices(resources)) is not None:
             detectors = [declared.Declared(devices)]
         self._resources = resources
-        self._vendors = [_Vendor(one, owner, limit_s, patience_s) for one in detectors]
+        self._vendors = [_Vendor(one, owners, limit_s, patience_s) for one in detectors]
         self._host = Asking("host", host.status)
         self._limit_s = limit_s
         self._patience_s = patience_s
@@ -104,9 +104,11 @@ class Detection:
 class _Vendor:
     """One detector, with what it has found so far."""
 
-    def __init__(self, detector: Detector, owner: Owner, limit_s: float, patience_s: float) -> None:
+    def __init__(
+        self, detector: Detector, owners: Owners, limit_s: float, patience_s: float
+    ) -> None:
         self._detector = detector
-        self._owner = owner
+        self._owners = owners
         self._limit_s = limit_s
         self._patience_s = patience_s
         self._tools = Tools(limit_s=limit_s * _TOOLS_SHARE)
@@ -133,16 +135,10 @@ class _Vendor:
 
     def _look(self) -> list[Device]:
         self._tools.begin()
-        return [self._with_owners(device) for device in self._detector.look(self._tools)]
-
-    def _with_owners(self, device: Device) -> Device:
-        processes = [
-            DeviceProcess(
-                pid=one.pid, memory_bytes=one.memory_bytes, instance_id=self._owner(one.pid)
-            )
-            for one in device.processes
-        ]
-        return device.model_copy(update={"processes": processes})
+        found = self._detector.look(self._tools)
+        pids = {process.pid for device in found for process in device.processes}
+        owners = self._owners(pids) if pids else {}
+        return [_with_owners(device, owners) for device in found]
 
     def _tell(self, before: Sequence[str]) -> None:
         """Once per change: what lasts is in the devices' problems."""
@@ -152,6 +148,13 @@ class _Vendor:
             logger.warning("cannot read the devices of %s: %s", vendor, "; ".join(now))
         elif before and not now:
             logger.info("the devices of %s can be read again", self._detector.vendor)
+
+
+def _with_owners(device: Device, owners: Mapping[int, int]) -> Device:
+    processes = [
+        one.model_copy(update={"instance_id": owners.get(one.pid)}) for one in device.processes
+    ]
+    return device.model_copy(update={"processes": processes})
 
 
 def _why(said: Exception | None, limit_s: float) -> str:

@@ -262,7 +262,7 @@ async def test_a_device_that_says_it_is_lost_keeps_what_was_known_of_it() -> Non
 
 async def test_processes_are_named_by_whose_engine_they_are_and_the_largest_are_told() -> None:
     many = [DeviceProcess(pid=pid, memory_bytes=pid) for pid in range(1, 100)]
-    detection = Detection([Says(device(processes=many))], owner={99: 7}.get)
+    detection = Detection([Says(device(processes=many))], owners=lambda _: {99: 7})
     (told,) = (await detection.look()).gpu_devices
     assert told.processes[0] == DeviceProcess(pid=99, memory_bytes=99, instance_id=7)
     assert [one.pid for one in told.processes[1:3]] == [98, 97]
