@@ -3,7 +3,7 @@
 A process of its own, since NVML has crashed who calls it and hung when a card was lost: then this
 process ends, or is ended, and not the agent. It stays, since opening NVML wakes up cards that no
 driver keeps awake, which takes seconds for each, and Xid errors are told to those alone who hold
-it open. Imports nothing of ours: it takes 12 MB, and only where there is an NVIDIA driver.
+it open. Imports nothing of ours: it takes 17 MB, and only where there is an NVIDIA driver.
 
 An answer is what `nvml.Answer` describes. A value that NVML refuses is `{"refused": code,
 "text": …}`. Nothing is decided here.
