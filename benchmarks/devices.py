@@ -157,7 +157,7 @@ async def look_at_engine(report: Report, detection: Detection, records: Records)
         device = await _until(
             detection, lambda device: any(each.pid == pid for each in device.processes)
         )
-        (ours,) = [each for each in device.processes if each.pid == pid] or [None]
+        ours = next((each for each in device.processes if each.pid == pid), None)
         named = [each.model_dump() for each in device.processes]
         report.check("engine is named", named, f"pid {pid}", is_right=ours is not None)
         if ours is not None:
