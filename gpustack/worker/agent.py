@@ -106,7 +106,7 @@ async def run(
         logs = keep_logs(settings.log_dir, lambda: control.instances)
         tasks = [group.create_task(control.run()), talking, group.create_task(logs)]
         tasks.append(group.create_task(_keep(certificate, enrolment, every_s=rhythm.look_s)))
-        answering = _answering(sockets, settings, enrolment, control)
+        answering = _answering(sockets, settings, enrolment, control, detection)
         tasks += [group.create_task(each) for each in answering]
 
         def reload(raw: dict[str, Any]) -> None:
@@ -138,20 +138,25 @@ async def _keep(certificate: OwnCertificate, enrolment: Enrolment, *, every_s: f
 
 
 def _answering(
-    sockets: Mapping[str, socket.socket], settings: Settings, enrolment: Enrolment, control: Control
+    sockets: Mapping[str, socket.socket],
+    settings: Settings,
+    enrolment: Enrolment,
+    control: Control,
+    detection: Detection,
 ) -> Iterator[Coroutine[Any, Any, None]]:
     """What serves the sockets that there are."""
     if (sock := sockets.get("agent")) is not None:
         yield Api(log_dir=settings.log_dir, secret=enrolment.secret).serve(sock)
     if (sock := sockets.get("worker-metrics")) is not None:
         records, force_auth = Records(settings.data_dir), settings.force_auth_localhost
-        yield metrics.serve(sock, control, records, force_auth=force_auth)
+        yield metrics.serve(sock, control, records, detection, force_auth=force_auth)
 
 
 def _detection(settings: Settings) -> Detection:
     return Detection(
         owners=partial(owners, Records(settings.data_dir)),
         resources=resources.read(settings.resources or {}),
+        folders=[settings.data_dir, settings.cache_dir],
     )
 
 

@@ -3,10 +3,11 @@
 import asyncio
 import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Final
 
 from gpustack.config.resources import Resources
-from gpustack.schemas.workers import Device, WorkerStatus
+from gpustack.schemas.workers import Device, Disk, WorkerStatus
 from gpustack.worker.detectors import DETECTORS, Detector, declared, host
 from gpustack.worker.detectors.asking import Asking
 from gpustack.worker.detectors.known import Known, after_answer, after_failure, alike, distinct
@@ -37,6 +38,7 @@ class Detection:
         limit_s: seconds after which a detector that has not answered is taken for hung.
         patience_s: seconds that a look waits for a detector that has answered before.
         resources: what the config file declares: its devices are all that there are.
+        folders: whose file systems are told.
     """
 
     def __init__(
@@ -47,12 +49,16 @@ class Detection:
         limit_s: float = LIMIT_S,
         patience_s: float = PATIENCE_S,
         resources: Resources = Resources(),  # noqa: B008  frozen
+        folders: Sequence[Path] = (),
     ) -> None:
         if (devices := declared.devices(resources)) is not None:
             detectors = [declared.Declared(devices)]
         self._resources = resources
         self._vendors = [_Vendor(one, owners, limit_s, patience_s) for one in detectors]
         self._host = Asking("host", host.status)
+        # A question of its own: a file server that is away would hold up all else.
+        self._disks = Asking("disks", lambda: host.disks(folders))
+        self._known_disks: list[Disk] = []
         self._limit_s = limit_s
         self._patience_s = patience_s
         self._status: WorkerStatus | None = None
@@ -70,6 +76,7 @@ class Detection:
         async with asyncio.TaskGroup() as group:
             looks = [group.create_task(vendor.look()) for vendor in self._vendors]
             machine = group.create_task(self._machine())
+            disks = group.create_task(self._file_systems())
         devices, left_out = distinct([look.result() for look in looks])
         if left_out != self._left_out:
             for sentence in left_out:
@@ -78,7 +85,8 @@ class Detection:
         if (status := machine.result()) is None:
             raise TimeoutError("this machine does not say what it has")
         self._status = declared.with_declared(
-            status.model_copy(update={"gpu_devices": devices}), self._resources
+            status.model_copy(update={"gpu_devices": devices, "disks": disks.result()}),
+            self._resources,
         )
         return self._status
 
@@ -91,6 +99,12 @@ class Detection:
     def status(self) -> WorkerStatus | None:
         """What the last look saw; None: there was none yet."""
         return self._status
+
+    async def _file_systems(self) -> list[Disk]:
+        said = await self._disks.ask(wait_s=self._patience_s)
+        if isinstance(said, list):
+            self._known_disks = said
+        return self._known_disks
 
     async def _machine(self) -> WorkerStatus | None:
         wait_s = self._limit_s if self._status is None else self._patience_s

@@ -1,5 +1,9 @@
+import os
+import shutil
+from pathlib import Path
+
 from gpustack.worker.detectors.detection import Detection
-from gpustack.worker.detectors.host import memory_limit
+from gpustack.worker.detectors.host import cpu_limit, disks, memory_limit
 
 V2 = "0::/user.slice/app\n"
 V1 = "12:cpu,cpuacct:/docker/x\n5:memory:/docker/x\n"
@@ -30,6 +34,46 @@ def test_the_limits_of_cgroup_v1_are_read_too() -> None:
         "/sys/fs/cgroup/memory/memory.stat": "total_inactive_file 100",
     }
     assert memory_limit(V1, lambda path: files.get(path, "")) == (2000, 600)
+
+
+def test_a_quota_of_processors_counts_at_every_level() -> None:
+    files = {
+        "/sys/fs/cgroup/user.slice/app/cpu.max": "max 100000\n",
+        "/sys/fs/cgroup/user.slice/cpu.max": "150000 100000\n",
+        "/sys/fs/cgroup/cpu.max": "400000 100000\n",
+    }
+    assert cpu_limit(V2, lambda path: files.get(path, "")) == 1.5
+    files = {
+        "/sys/fs/cgroup/cpu/docker/x/cpu.cfs_quota_us": "-1\n",
+        "/sys/fs/cgroup/cpu/cpu.cfs_quota_us": "50000\n",
+        "/sys/fs/cgroup/cpu/docker/x/cpu.cfs_period_us": "100000\n",
+        "/sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000\n",
+    }
+    assert cpu_limit(V1, lambda path: files.get(path, "")) == 0.5
+    assert cpu_limit(V1, lambda path: "") is None
+
+
+def test_the_file_systems_of_folders_are_told_once_also_before_the_folders_are_there(
+    tmp_path: Path,
+) -> None:
+    (disk,) = disks([tmp_path, tmp_path / "not" / "yet"])
+    assert tmp_path.is_relative_to(disk.mount_point)
+    assert Path(disk.mount_point).is_mount()
+    assert 0 < disk.used_bytes <= disk.total_bytes == shutil.disk_usage(tmp_path).total
+    there = {one.mount_point for one in disks([tmp_path, Path("/proc"), Path("/dev")])}
+    assert {"/proc", "/dev"} < there
+
+
+async def test_this_machine_is_told_by_name_with_what_it_uses(tmp_path: Path) -> None:
+    status = await Detection([], folders=[tmp_path]).look()
+    assert status.os_version
+    assert status.kernel == os.uname().release
+    assert status.uptime_s > 0
+    assert 0 <= status.swap_used_bytes <= status.swap_total_bytes
+    assert [one.mount_point for one in status.disks] == [
+        one.mount_point for one in disks([tmp_path])
+    ]
+    assert not {"disks", "uptime_s", "swap_used_bytes"} & status.facts().keys()
 
 
 async def test_this_machine_has_processors_and_memory() -> None:
