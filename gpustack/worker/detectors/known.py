@@ -15,7 +15,7 @@ _TOO_MUCH: Final = 1 << 50
 _LONGEST: Final = 200
 
 #: Processes of one device that are told, largest first: a status stays small.
-_PROCESSES: Final = 32
+_PROCESSES: Final = 16
 
 #: Smallest and largest value that a sane sensor gives.
 _RANGES: Final[Mapping[str, tuple[float, float]]] = {

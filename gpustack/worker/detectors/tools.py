@@ -109,6 +109,7 @@ class Tools:
                 stdin=stdin,
                 stdout=subprocess.PIPE,
                 stderr=stderr,
+                env=_environment(),
                 # A group of its own, so that what it starts is ended with it.
                 start_new_session=True,
             )
@@ -173,6 +174,12 @@ class Tools:
             process.wait(timeout=1.0)
         if process.poll() is None:
             self._undead.append(process)
+
+
+def _environment() -> dict[str, str]:
+    """Ours without our settings, secrets among them; and in English, as parsers want it."""
+    kept = {name: each for name, each in os.environ.items() if not name.startswith("GPUSTACK_")}
+    return kept | {"LC_ALL": "C.UTF-8"}
 
 
 def _ended(code: int | None) -> str:
