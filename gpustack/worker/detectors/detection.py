@@ -59,6 +59,7 @@ class Detection:
         # A question of its own: a file server that is away would hold up all else.
         self._disks = Asking("disks", lambda: host.disks(folders))
         self._known_disks: list[Disk] = []
+        self._host_failed = False
         self._limit_s = limit_s
         self._patience_s = patience_s
         self._status: WorkerStatus | None = None
@@ -110,8 +111,11 @@ class Detection:
         wait_s = self._limit_s if self._status is None else self._patience_s
         said = await self._host.ask(wait_s=wait_s)
         if isinstance(said, Exception):
-            logger.warning("this machine does not say what it has: %r", said)
+            if not self._host_failed:
+                logger.warning("this machine does not say what it has: %r", said)
+            self._host_failed = True
             return self._status
+        self._host_failed = False
         return said or self._status
 
 

@@ -57,7 +57,8 @@ def after_answer(known: Known, found: Iterable[Device]) -> Known:
         try:
             device, odd = _sane(device)
         except ValueError as error:
-            complaints.append(f"{_called(device)} is left out: {error}")
+            why = device.problems[0].message if device.problems else error
+            complaints.append(f"{_called(device)} is left out: {why}")
             continue
         complaints += [f"{_called(device)}: {text}" for text in odd]
         key = device.type, device.index
@@ -84,7 +85,10 @@ def after_failure(known: Known, why: str) -> Known:
         why: a sentence. One that differs in numbers alone from what is known is no news: tools
             put times and process numbers into theirs.
     """
-    if alike(known.complaints, [why]):
+    is_known = all(
+        any(each.code is ProblemCode.TOOL for each in one.problems) for one in known.devices
+    )
+    if is_known and alike(known.complaints, [why]):
         return known
     problem = DeviceProblem(code=ProblemCode.TOOL, message=why[:_LONGEST])
     devices = tuple(

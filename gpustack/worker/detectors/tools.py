@@ -159,8 +159,9 @@ class Tools:
                         raise ToolFailed(f"printed more than {LIMIT_BYTES >> 10} KiB")
                 if ended:
                     return bytes(printed[outputs[0]]), bytes(printed[outputs[1]])
-                if not selector.get_map():
-                    time.sleep(_POLL_S)  # it has closed its outputs and lives on
+                if not selector.get_map():  # it has closed its outputs: most often its end
+                    with contextlib.suppress(subprocess.TimeoutExpired):
+                        process.wait(timeout=_POLL_S)
 
     def _end(self, process: subprocess.Popen[bytes]) -> None:
         """Leave nothing of it behind: no process of its group, no zombie, no open pipe."""

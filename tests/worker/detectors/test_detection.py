@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from gpustack.lib import platform
-from gpustack.schemas.workers import Device, DeviceProcess, ProblemCode, WorkerStatus
+from gpustack.schemas.workers import Device, DeviceProblem, DeviceProcess, ProblemCode, WorkerStatus
 from gpustack.worker.detectors.detection import Detection
 from gpustack.worker.detectors.tools import ToolFailed, Tools
 from tests.support.wait import eventually, soon
@@ -214,6 +214,26 @@ async def test_a_device_that_cannot_be_is_left_out_with_a_sentence(
     status = await Detection([Says(given, device(7, name="good"))]).look()
     assert [one.name for one in status.gpu_devices] == ["good"]
     assert sentence in warnings(caplog)[0]
+
+
+async def test_a_device_that_is_silent_from_the_beginning_is_named_with_its_reason(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    lost = DeviceProblem(code=ProblemCode.LOST, message="NVML: GPU is lost")
+    silent = device(3, total=0).model_copy(update={"problems": [lost]})
+    detection = Detection([Says(silent)])
+    for _ in range(2):
+        assert (await detection.look()).gpu_devices == []
+    (said,) = warnings(caplog)
+    assert said.endswith("device 3 is left out: NVML: GPU is lost")
+
+
+async def test_devices_are_unwell_when_only_rubbish_is_left_of_what_was_said() -> None:
+    says = Says(device(0, name="good"), device(1, total=0))
+    detection = Detection([says])
+    assert problems(await detection.look()) == {"good": []}
+    says.found = [device(1, total=0)]
+    assert problems(await detection.look()) == {"good": [ProblemCode.TOOL]}
 
 
 async def test_values_that_cannot_be_are_not_told() -> None:
