@@ -53,7 +53,8 @@ def after_answer(known: Known, found: Iterable[Device]) -> Known:
     for device in found:
         before = next((one for one in known.devices if _same(one, device)), None)
         if device.memory_total_bytes <= 0 and before is not None:
-            device = before.model_copy(update={"problems": device.problems or [LOST]})
+            problems = device.problems or [LOST]
+            device = before.model_copy(update={"problems": problems, **_UNMEASURED})
         try:
             device, odd = _sane(device)
         except ValueError as error:

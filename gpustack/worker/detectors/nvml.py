@@ -5,8 +5,10 @@ without root and inside containers. `nvml_process` is who calls it, and says why
 every program that does, `nvidia-smi --gpu-reset` needs the agent to be stopped.
 """
 
-import ctypes
+import os
+import shutil
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
@@ -15,6 +17,23 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter
 from gpustack.worker.detectors.tools import ToolFailed, Tools
 
 _PROGRAM: Final = Path(__file__).with_name("nvml_process.py")
+
+_LIBRARY: Final = "libnvidia-ml.so.1"
+
+#: What the driver makes when it is loaded: on servers, on Jetson.
+_NODES: Final = ("/dev/nvidiactl", "/dev/nvhost-ctrl-gpu")
+
+#: Where distributions, container runtimes, GKE, WSL and NixOS put the library.
+_FOLDERS: Final = (
+    "/usr/lib/x86_64-linux-gnu",
+    "/usr/lib/aarch64-linux-gnu",
+    "/usr/lib/aarch64-linux-gnu/nvidia",
+    "/usr/lib64",
+    "/usr/lib",
+    "/usr/local/nvidia/lib64",
+    "/usr/lib/wsl/lib",
+    "/run/opengl-driver/lib",
+)
 
 # nvml.h, nvmlReturn_t
 NOT_SUPPORTED: Final = 3
@@ -142,13 +161,13 @@ Answer: Final[TypeAdapter[Reading | Refusal]] = TypeAdapter(Reading | Refusal)
 
 
 def read(tools: Tools) -> Reading | None:
-    """What NVML says now; None: it is not installed. Blocks.
+    """What NVML says now; None: this machine has no NVIDIA driver. Blocks.
 
     Raises:
-        ToolFailed: it is installed and does not work.
+        ToolFailed: there is one, and NVML does not work.
         ValueError: it says what nobody understands.
     """
-    if not _is_installed():
+    if not is_installed(os.environ):
         return None
     # -P: the folder of this file is no place for modules to come from.
     try:
@@ -159,22 +178,22 @@ def read(tools: Tools) -> Reading | None:
     if not isinstance(answer, Refusal):
         return answer
     if answer.refused == LIBRARY_NOT_FOUND:
-        return None
+        raise ToolFailed(
+            f"{_LIBRARY} is not found or cannot be loaded, and there is an NVIDIA driver: a "
+            "container needs the driver's capability `utility`"
+        )
     raise ToolFailed(f"NVML: {answer.text}")
 
 
-def _is_installed() -> bool:
-    """Whether there is a library to load: a machine without one starts no process for it.
+def is_installed(environment: Mapping[str, str]) -> bool:
+    """Whether there are signs of an NVIDIA driver: a machine without starts no process for it.
 
-    Raises:
-        ToolFailed: there is one that cannot be loaded.
+    Files are looked for: loaded here, the library could crash the agent after all.
     """
     if sys.platform == "win32":
-        return True  # where it lies, the binding knows
-    try:
-        ctypes.CDLL("libnvidia-ml.so.1")
-    except OSError as error:
-        if "o such file" in str(error):  # dlopen(3) has no codes: glibc, musl and macOS say this
-            return False
-        raise ToolFailed(f"NVML cannot be loaded: {error}") from None
-    return True
+        return shutil.which("nvidia-smi") is not None  # comes with each driver
+    own = environment.get("LD_LIBRARY_PATH", "").split(os.pathsep)
+    folders = (*filter(None, own), *_FOLDERS)
+    return any(map(os.path.exists, _NODES)) or any(
+        os.path.exists(f"{folder}/{_LIBRARY}") for folder in folders
+    )
