@@ -41,8 +41,10 @@ async def test_the_example_of_the_documents_declares_what_it_says(
 
 
 async def test_only_what_is_declared_is_not_found_out() -> None:
-    found = await Detection(resources=read({})).look()
-    told = await Detection(resources=read({"cpu_count": 999, "memory_total_bytes": 4096})).look()
+    found = await Detection([], resources=read({})).look()
+    told = await Detection(
+        [], resources=read({"cpu_count": 999, "memory_total_bytes": 4096})
+    ).look()
     assert (told.cpu_count, told.memory_total_bytes, told.memory_used_bytes) == (999, 4096, 4096)
     assert told.gpu_devices == found.gpu_devices
     assert told.kernel == found.kernel

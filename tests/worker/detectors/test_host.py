@@ -77,7 +77,7 @@ async def test_this_machine_is_told_by_name_with_what_it_uses(tmp_path: Path) ->
 
 
 async def test_this_machine_has_processors_and_memory() -> None:
-    detection = Detection()
+    detection = Detection([])
     status = await detection.look()
     assert status.cpu_count >= 1
     assert 0 < status.memory_used_bytes < status.memory_total_bytes
