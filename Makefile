@@ -7,7 +7,7 @@ export PATH := $(abspath $(BIN)):$(PATH)
 PYTEST := $(BIN)/python -m tests.support.lane --numprocesses auto --maxprocesses 4 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo start check format test test-slow soak build bench-control bench-authentication docs migration clean
+.PHONY: help install demo start check format test test-slow soak build bench-control bench-authentication check-device docs migration clean
 
 help: ## show this
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -62,6 +62,9 @@ bench-control: install ## what a thousand workers cost the server
 
 bench-authentication: install ## what it costs a gateway to know who asks
 	$(BIN)/python -m benchmarks.authentication
+
+check-device: install ## on a machine with NVIDIA cards: what a worker says of them is what nvidia-smi says
+	$(BIN)/python -m benchmarks.devices
 
 docs: install ## the reference pages that are made from the code
 	$(BIN)/python -m gpustack.config.reference docs

@@ -163,4 +163,7 @@ def _facts(worker: "Worker") -> tuple[object, object, object]:
     status = worker.status
     if status is None:
         return ("-", "-", "-")
-    return (status.cpu_count, gib(status.memory_total_bytes), len(status.gpu_devices))
+    devices: object = len(status.gpu_devices)
+    if unwell := sum(bool(device.problems) for device in status.gpu_devices):
+        devices = f"{devices} ({unwell} unhealthy)"
+    return (status.cpu_count, gib(status.memory_total_bytes), devices)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
-from gpustack.config import saml
+from gpustack.config import resources, saml
 from gpustack.config.option import PortRange
 from gpustack.config.options import Settings, defaults
 from gpustack.lib.net import interface_address, is_loopback, without_credentials
@@ -64,6 +64,7 @@ def contradictions(settings: Settings, origins: Origins) -> Iterator[str]:
             f"{_name('port', origins)}: {HTTPS} is for HTTPS where there is a certificate: leave "
             "out --tls-port, or give another --port"
         )
+    yield from _declared(settings, origins)
     if settings.server_ca is not None and settings.server_fingerprint is not None:
         yield (
             f"{_name('server_ca', origins)} and {_name('server_fingerprint', origins)}: give one "
@@ -194,6 +195,14 @@ def _name(key: str, origins: Origins) -> str:
     flag = "--" + key.replace("_", "-")
     origin = origins.get(key, "default")
     return flag if origin == f"option {flag}" else f"{flag} ({origin})"
+
+
+def _declared(settings: Settings, origins: Origins) -> Iterator[str]:
+    try:
+        resources.read(settings.resources or {})
+    except ValueError as error:
+        for problem in str(error).splitlines():
+            yield f"{origins['resources']}: {problem}"
 
 
 def _incomplete(settings: Settings, origins: Origins, together: tuple[str, ...]) -> Iterator[str]:

@@ -32,9 +32,8 @@ __all__ = [
 #: Keys of the config file that are no options.
 FILE_KEYS = {
     "resources": Text(
-        "Declared devices (name, vendor, index, type, memory in bytes, …) instead of "
-        "detected ones.",
-        "声明的设备（名称、厂商、序号、类型、以字节计的显存等），代替自动检测。",
+        "Declared devices, processors and memory instead of detected ones: see devices.md.",
+        "声明的设备、处理器和内存，代替自动检测：见 devices.md。",
     )
 }
 
@@ -61,7 +60,7 @@ WAITING = frozenset(
     model_catalog_file namespace ollama_library_base_url pipx_path proxy_mode ray_args
     ray_client_server_port ray_dashboard_agent_grpc_port ray_dashboard_agent_listen_port
     ray_dashboard_port ray_metrics_export_port ray_node_manager_port ray_object_manager_port
-    ray_port ray_runtime_env_agent_port ray_worker_port_range resources rpc_server_args
+    ray_port ray_runtime_env_agent_port ray_worker_port_range rpc_server_args
     rpc_server_port_range service_discovery_name system_default_container_registry
     unreachable_grace
     """.split()

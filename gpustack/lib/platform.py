@@ -157,6 +157,27 @@ def process_environment(pid: int) -> dict[str, str]:
     return {key: value for key, _, value in pairs}
 
 
+def open_files(pid: int) -> list[str]:
+    """What `pid` has open, as /proc names it; empty when it is gone or not ours to read."""
+    found = []
+    with contextlib.suppress(OSError):
+        for name in os.listdir(f"/proc/{pid}/fd"):
+            with contextlib.suppress(OSError):
+                found.append(os.readlink(f"/proc/{pid}/fd/{name}"))
+    return found
+
+
+def sees_all_processes() -> bool:
+    """Whether pids are those of the machine, and not of a container.
+
+    Source: Linux, include/linux/proc_ns.h, PROC_PID_INIT_INO: the number of the first namespace.
+    """
+    try:
+        return os.readlink("/proc/self/ns/pid") == f"pid:[{0xEFFFFFFC}]"
+    except OSError:
+        return True  # systems without namespaces
+
+
 def live_pids() -> list[int]:
     """The processes of this machine that are not zombies."""
     if not Path("/proc/self").exists():

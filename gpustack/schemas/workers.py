@@ -137,25 +137,51 @@ DEVICE_MEASURES: Final = frozenset(
 )
 
 
+class Disk(Schema):
+    """A file system that a worker keeps models or data on."""
+
+    mount_point: str
+    total_bytes: int
+    used_bytes: int
+
+
+#: What of a worker's host is measured, and shown alone.
+_HOST_MEASURES: Final = frozenset({"swap_used_bytes", "uptime_s", "disks"})
+
+
 class WorkerStatus(Schema):
     """What a worker has (facts), and how much of it is used now (measured).
 
     A change of a fact is news to whoever watches; measured use is not.
+
+    Attributes:
+        os: linux, darwin or windows.
+        os_version: as people call it, such as "Debian GNU/Linux 12 (bookworm)".
+        cpu_count: that processes may use at the same time: a container's quota counts.
+        memory_total_bytes: of the machine, or of the container if it has less.
+        uptime_s: of the machine.
+        disks: those of the data and the cache directory.
     """
 
     os: str
+    os_version: str = ""
     arch: str
     kernel: str = ""
     cpu_count: int
     memory_total_bytes: int
+    swap_total_bytes: int = 0
     gpu_devices: list[Device] = Field(default_factory=list)
     # measured
     cpu_percent: float = 0.0
     memory_used_bytes: int = 0
+    swap_used_bytes: int = 0
+    uptime_s: int = 0
+    disks: list[Disk] = Field(default_factory=list)
 
     def facts(self) -> dict[str, object]:
         """What is news when it changes."""
-        facts = self.model_dump(mode="json", exclude={"cpu_percent", "memory_used_bytes"})
+        measures = {"cpu_percent", "memory_used_bytes", *_HOST_MEASURES}
+        facts = self.model_dump(mode="json", exclude=measures)
         for device in facts["gpu_devices"]:
             for measure in DEVICE_MEASURES:
                 del device[measure]
@@ -168,6 +194,7 @@ class WorkerStatus(Schema):
         return {
             "cpu_percent": self.cpu_percent,
             "memory_used_bytes": self.memory_used_bytes,
+            "host_used": self.model_dump(mode="json", include=set(_HOST_MEASURES)),
             "devices_used": [
                 one.model_dump(mode="json", include=set(DEVICE_MEASURES)) for one in devices
             ],

@@ -384,7 +384,7 @@ def _status(row: tables.Worker, facts: dict[str, Any]) -> dict[str, Any]:
     if len(devices) == len(used):  # not measured yet, or before they changed
         devices = [device | its for device, its in zip(devices, used, strict=True)]
     measured = {"cpu_percent": row.cpu_percent, "memory_used_bytes": row.memory_used_bytes}
-    return facts | measured | {"gpu_devices": devices}
+    return facts | measured | (row.host_used or {}) | {"gpu_devices": devices}
 
 
 def api_key_view(row: tables.Credential) -> ApiKey:

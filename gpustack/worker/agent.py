@@ -4,10 +4,11 @@ import asyncio
 import logging
 import socket
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
-from gpustack.config import load
+from gpustack.config import load, resources
 from gpustack.config.options import Settings
 from gpustack.lib import role
 from gpustack.lib.locks import take_over
@@ -17,6 +18,8 @@ from gpustack.worker.attempts import Memory
 from gpustack.worker.certificate import OwnCertificate
 from gpustack.worker.control import Control
 from gpustack.worker.desired import Desired
+from gpustack.worker.detectors.detection import Detection
+from gpustack.worker.device_processes import owners
 from gpustack.worker.enrolment import (
     Enrolment,
     changeable,
@@ -71,6 +74,7 @@ async def run(
     policy: Policy | None = None,
     limits: Limits | None = None,
     rhythm: Rhythm | None = None,
+    detection: Detection | None = None,
 ) -> None:
     """The agent, once it alone acts for its data directory, until `leave` returns.
 
@@ -96,12 +100,13 @@ async def run(
         files = _files(group, settings, name, told)
         control = _control(group, settings, files, name, policy, limits)
         orders = FileOrders(group, files, told, lambda: control.sources)
-        session = Session(enrolment, control, orders, rhythm)
+        detection = detection or _detection(settings)
+        session = Session(enrolment, control, orders, detection, rhythm)
         talking = group.create_task(session.run())
         logs = keep_logs(settings.log_dir, lambda: control.instances)
         tasks = [group.create_task(control.run()), talking, group.create_task(logs)]
         tasks.append(group.create_task(_keep(certificate, enrolment, every_s=rhythm.look_s)))
-        answering = _answering(sockets, settings, enrolment, control)
+        answering = _answering(sockets, settings, enrolment, control, detection)
         tasks += [group.create_task(each) for each in answering]
 
         def reload(raw: dict[str, Any]) -> None:
@@ -118,6 +123,7 @@ async def run(
             task.cancel()
         orders.let_go()
         control.let_go()
+        detection.close()
 
 
 async def _keep(certificate: OwnCertificate, enrolment: Enrolment, *, every_s: float) -> None:
@@ -132,14 +138,26 @@ async def _keep(certificate: OwnCertificate, enrolment: Enrolment, *, every_s: f
 
 
 def _answering(
-    sockets: Mapping[str, socket.socket], settings: Settings, enrolment: Enrolment, control: Control
+    sockets: Mapping[str, socket.socket],
+    settings: Settings,
+    enrolment: Enrolment,
+    control: Control,
+    detection: Detection,
 ) -> Iterator[Coroutine[Any, Any, None]]:
     """What serves the sockets that there are."""
     if (sock := sockets.get("agent")) is not None:
         yield Api(log_dir=settings.log_dir, secret=enrolment.secret).serve(sock)
     if (sock := sockets.get("worker-metrics")) is not None:
         records, force_auth = Records(settings.data_dir), settings.force_auth_localhost
-        yield metrics.serve(sock, control, records, force_auth=force_auth)
+        yield metrics.serve(sock, control, records, detection, force_auth=force_auth)
+
+
+def _detection(settings: Settings) -> Detection:
+    return Detection(
+        owners=partial(owners, Records(settings.data_dir)),
+        resources=resources.read(settings.resources or {}),
+        folders=[settings.data_dir, settings.cache_dir],
+    )
 
 
 def _files(

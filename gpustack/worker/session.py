@@ -10,8 +10,8 @@ from gpustack.errors import Conflict, Forbidden, GPUStackError, Unauthorized
 from gpustack.lib.tasks import forever, in_own_task
 from gpustack.schemas import wire
 from gpustack.schemas.workers import Heartbeat, Registration
-from gpustack.worker import detectors
 from gpustack.worker.control import Control
+from gpustack.worker.detectors.detection import Detection
 from gpustack.worker.enrolment import Enrolment, Membership
 from gpustack.worker.file_orders import FileOrders
 
@@ -46,11 +46,13 @@ class Session:
         enrolment: Enrolment,
         control: Control,
         orders: FileOrders,
+        detection: Detection,
         rhythm: Rhythm,
     ) -> None:
         self._enrolment = enrolment
         self._control = control
         self._orders = orders
+        self._detection = detection
         self._rhythm = rhythm
         self._membership: Membership | None = None
 
@@ -141,7 +143,7 @@ class Session:
         told_at = 0.0
         while True:
             try:
-                status = await detectors.detect()
+                status = await self._detection.look()
                 facts = status.facts()
                 if facts != told or loop.time() - told_at >= self._rhythm.status_s:
                     await client.report_worker(worker_id, status)

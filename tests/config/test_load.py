@@ -322,11 +322,13 @@ def test_what_is_shown_of_settings_has_no_secret() -> None:
 
 def test_lists_come_as_json_from_the_environment_and_as_lists_from_the_file(tmp_path: Path) -> None:
     file = tmp_path / "c.yaml"
-    file.write_text("allow_methods: [PUT]\nworker_labels: {rack: 7}\nresources: {gpus: [1]}\n")
+    file.write_text(
+        "allow_methods: [PUT]\nworker_labels: {rack: 7}\nresources: {gpu_devices: []}\n"
+    )
     got = load({"config_file": str(file)}, {"GPUSTACK_ALLOW_HEADERS": '["X-A", "X-B"]'})
     assert (got.allow_methods, got.allow_headers) == (("PUT",), ("X-A", "X-B"))
     assert got.labels == {"rack": "7"}
-    assert got.resources == {"gpus": [1]}
+    assert got.resources == {"gpu_devices": []}
 
 
 def test_older_names_work_and_say_what_is_newer() -> None:

@@ -66,6 +66,10 @@ def test_the_worker_says_what_its_engines_do_and_use(served: Node) -> None:
     assert re.fullmatch(r'gpustack_engine_memory_bytes\{instance="org/tiny-\w{5}"\}', name)
     resident = sum(psutil.Process(pid).memory_info().rss for pid in served.engine_pids())
     assert used == pytest.approx(resident, rel=0.5)
+    soon(
+        lambda: values(served.worker_metrics_port).get("gpustack:worker_node_cpu_cores", 0) >= 1,
+        "the host was looked at",
+    )
 
 
 def test_from_elsewhere_a_key_is_needed(served: Node) -> None:

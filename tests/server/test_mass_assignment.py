@@ -129,7 +129,7 @@ ITS_OWN: Final = {
 ITS_OWN_COLUMNS: Final = {
     "revision", "updated_at", "last_used_at", "heartbeat_at", "silent", "reasons", "problem",
     "profile", "rollout_message", "devices_used", "gpu_percent", "vram_used_bytes", "cpu_percent",
-    "memory_used_bytes",
+    "memory_used_bytes", "host_used",
 }  # fmt: skip
 #: Models get instances, after a while, and these a place.
 PLACED: Final = {

@@ -45,6 +45,44 @@ async def test_devices_are_known_by_worker_type_and_index(cluster: Plane) -> Non
     assert (one["index"], one["vendor"], one["name"]) == (0, "Huawei", "Ascend 910B")
 
 
+async def test_a_device_shows_all_that_its_worker_says_of_it(plane: Plane) -> None:
+    told = {
+        "driver_version": "580.65.06", "runtime_version": "13.0", "architecture": "Hopper",
+        "compute_capability": "9.0", "parent_uuid": "GPU-parent",
+        "network": {
+            "status": "up", "ip": "10.0.0.1", "netmask": "", "mac": "", "gateway": "",
+            "interface": "", "mtu": 4096,
+        },
+        "problems": [{"code": "ecc", "message": "2 memory errors could not be corrected"}],
+    }  # fmt: skip
+    measured = {
+        "temperature_celsius": 61.5, "power_watts": 412.25,
+        "processes": [{"pid": 77, "memory_bytes": 5 * GIB, "instance_id": 3}],
+    }  # fmt: skip
+    await plane.worker("a", gpu_devices=[device(0, memory_unified=True, **told, **measured)])
+    await plane.app.state.heartbeats.write(plane.db)
+    (one,) = await listed(await plane.admin())
+    assert {key: one[key] for key in told} == told
+    assert (one["temperature"], one["power_watts"]) == (61.5, 412.25)
+    assert one["processes"] == measured["processes"]
+    assert one["memory"]["is_unified_memory"]
+
+
+async def test_a_worker_shows_its_host_and_what_is_used_of_it(plane: Plane) -> None:
+    disk = {"mount_point": "/data", "total_bytes": 100 * GIB, "used_bytes": 7 * GIB}
+    host = {
+        "os_version": "Debian GNU/Linux 12 (bookworm)", "swap_total_bytes": 9, "swap_used_bytes": 4,
+        "uptime_s": 4711, "disks": [disk],
+    }  # fmt: skip
+    await plane.worker("a", **host)
+    admin = await plane.admin()
+    (before,) = (await admin.get("/v2/workers")).json()["items"]
+    assert (before["status"]["os_version"], before["status"]["disks"]) == (host["os_version"], [])
+    await plane.app.state.heartbeats.write(plane.db)
+    (worker,) = (await admin.get("/v2/workers")).json()["items"]
+    assert {key: worker["status"][key] for key in host} == host
+
+
 @pytest.mark.parametrize("name", ["a:cuda:2", "a:rocm:0", "b:cuda:0", "a", "a:cuda:x", "a:cuda:²"])
 async def test_a_device_that_is_not_there_is_not_found(cluster: Plane, name: str) -> None:
     answer = await (await cluster.admin()).get(f"{DEVICES}/{name}")
@@ -81,7 +119,8 @@ async def test_a_device_shows_what_is_used_and_what_instances_claim_of_it(cluste
         session.add(tables.Member(instance_id=its, rank=0, worker_id=1, claim=part))
     first, second, third = await listed(admin)
     assert first["memory"] == {
-        "total": 80 * GIB, "used": 20 * GIB, "allocated": 10 * GIB, "utilization_rate": 25.0
+        "total": 80 * GIB, "used": 20 * GIB, "allocated": 10 * GIB, "utilization_rate": 25.0,
+        "is_unified_memory": False,
     }  # fmt: skip
     assert first["core"] == {"utilization_rate": 50.0}
     assert (second["memory"]["allocated"], third["memory"]["allocated"]) == (GIB, 0)

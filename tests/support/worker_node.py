@@ -14,6 +14,7 @@ from gpustack.lib import platform
 from gpustack.lib.role import Boot, Leave, Reload
 from gpustack.schemas.models import VersionSpec
 from gpustack.worker import agent
+from gpustack.worker.detectors.detection import Detection
 from gpustack.worker.reconcile import Policy
 from gpustack.worker.session import Rhythm
 from gpustack.worker.supervisor.engine import Limits
@@ -75,6 +76,7 @@ class Node:
         limits: Limits = QUICK_LIMITS,
         rhythm: Rhythm = QUICK_RHYTHM,
         listener: socket.socket | None = None,
+        detection: Detection | None = None,
     ) -> AsyncIterator[None]:
         """An agent in this process, until the context ends; then it leaves for that reason."""
         over = asyncio.Event()
@@ -95,6 +97,7 @@ class Node:
                     policy=policy,
                     limits=limits,
                     rhythm=rhythm,
+                    detection=detection,
                 )
             )
             try:

@@ -1,9 +1,13 @@
 import json
 import logging
+from dataclasses import replace
 
 import pytest
 
 from gpustack.schemas.instances import InstanceState
+from gpustack.schemas.workers import Device, DeviceProblem, ProblemCode
+from gpustack.worker.detectors.detection import Detection
+from gpustack.worker.detectors.tools import Tools
 from tests.support.control_plane import ControlPlane, assigned
 from tests.support.worker_node import QUICK_RHYTHM, Node, eventually
 
@@ -71,6 +75,42 @@ async def test_the_status_is_told_at_once_and_then_again_and_again(
         await plane.until(lambda: len(plane.statuses) >= 2)
     assert plane.statuses[0].memory_total_bytes > 0
     assert plane.statuses[0].cpu_count > 0
+
+
+async def test_declared_devices_are_told_and_the_disks_of_the_data_directory(
+    node: Node, plane: ControlPlane
+) -> None:
+    file = node.folder / "node.yaml"
+    card = "{name: H200, vendor: NVIDIA, memory_total_bytes: 141GiB}"
+    file.write_text(f"resources: {{cpu_count: 64, gpu_devices: [{card}]}}\n")
+    node.flags["config_file"] = str(file)
+    async with node.agent():
+        await plane.until(lambda: plane.statuses)
+    (status, *_) = plane.statuses
+    assert status.cpu_count == 64
+    (device,) = status.gpu_devices
+    assert (device.name, device.type, device.memory_total_bytes) == ("H200", "cuda", 141 << 30)
+    assert any(node.data_dir.is_relative_to(disk.mount_point) for disk in status.disks)
+
+
+async def test_what_happens_to_a_device_is_told_at_once(node: Node, plane: ControlPlane) -> None:
+    class Card:
+        vendor = "test"
+        problems: tuple[DeviceProblem, ...] = ()
+
+        def look(self, tools: Tools) -> list[Device]:
+            card = Device(index=0, vendor="test", memory_total_bytes=1)
+            return [card.model_copy(update={"problems": list(self.problems)})]
+
+    card = Card()
+    rare = replace(QUICK_RHYTHM, status_s=600.0)
+    async with node.agent(rhythm=rare, detection=Detection([card])):
+        await plane.until(lambda: plane.statuses)
+        card.problems = (DeviceProblem(code=ProblemCode.ECC, message="2 errors"),)
+        await plane.until(lambda: plane.statuses[-1].gpu_devices[0].problems)
+        card.problems = ()
+        await plane.until(lambda: not plane.statuses[-1].gpu_devices[0].problems)
+    assert [len(one.gpu_devices[0].problems) for one in plane.statuses] == [0, 1, 0]
 
 
 async def test_a_heartbeat_that_another_machine_contests_is_said_once(

@@ -29,6 +29,18 @@ _WORKER_NAME = (
 )
 
 
+#: What is shown of a device as its worker told it, and has no column.
+_FACTS = (
+    "parent_uuid",
+    "driver_version",
+    "runtime_version",
+    "architecture",
+    "compute_capability",
+    "network",
+    "problems",
+)
+
+
 class DeviceQuery(SearchQuery):
     TABLE = Device
     COLUMNS = {"worker_name": _WORKER_NAME, "memory_total": col(Device.memory_total_bytes)}
@@ -81,12 +93,16 @@ async def _shown(session: ReadSession, ids: Sequence[int]) -> dict[int, GPUDevic
 
 
 def _view(row: Device, worker: Worker, allocated: int) -> GPUDevice:
+    """The row is what lists are made of; the worker's facts have the rest."""
+    facts = (worker.facts or {}).get("gpu_devices", [])
+    fact = facts[row.position] if row.position < len(facts) else {}
     measured = row.position < len(worker.devices_used)
     used = worker.devices_used[row.position] if measured else {}
     used_bytes = used.get("memory_used_bytes", 0)
     total = row.memory_total_bytes
     return GPUDevice(
         **row.model_dump(exclude={"id"}),
+        **{name: fact[name] for name in _FACTS if name in fact},
         id=f"{worker.name}:{row.type}:{row.index}",
         worker_name=worker.name,
         worker_ip=worker.ip,
@@ -96,7 +112,11 @@ def _view(row: Device, worker: Worker, allocated: int) -> GPUDevice:
             used=used_bytes,
             allocated=allocated,
             utilization_rate=100 * used_bytes / total if total else 0.0,
+            is_unified_memory=fact.get("memory_unified", False),
         ),
+        temperature=used.get("temperature_celsius"),
+        power_watts=used.get("power_watts"),
+        processes=used.get("processes", []),
     )
 
 

@@ -257,6 +257,7 @@ class Worker(Watched, table=True):
     # status: what is measured, without a revision
     cpu_percent: float = _number(default=0.0)
     memory_used_bytes: int = Field(default=0, sa_type=BigInteger)
+    host_used: dict[str, Any] | None = _json_or_null()  # swap, uptime, disks
     devices_used: list[dict[str, Any]] = _json(default_factory=list)  # in the order of its devices
     gpu_percent: float | None = _number(default=None)  # of its devices on average
     vram_used_bytes: int = Field(default=0, sa_type=BigInteger)

@@ -1,13 +1,9 @@
-import asyncio
-import time
+import os
+import shutil
 from pathlib import Path
 
-import pytest
-
-from gpustack.schemas.workers import Device
-from gpustack.worker.detectors import detect
-from gpustack.worker.detectors.host import memory_limit
-from gpustack.worker.detectors.tools import Tools
+from gpustack.worker.detectors.detection import Detection
+from gpustack.worker.detectors.host import cpu_limit, disks, memory_limit
 
 V2 = "0::/user.slice/app\n"
 V1 = "12:cpu,cpuacct:/docker/x\n5:memory:/docker/x\n"
@@ -40,42 +36,49 @@ def test_the_limits_of_cgroup_v1_are_read_too() -> None:
     assert memory_limit(V1, lambda path: files.get(path, "")) == (2000, 600)
 
 
+def test_a_quota_of_processors_counts_at_every_level() -> None:
+    files = {
+        "/sys/fs/cgroup/user.slice/app/cpu.max": "max 100000\n",
+        "/sys/fs/cgroup/user.slice/cpu.max": "150000 100000\n",
+        "/sys/fs/cgroup/cpu.max": "400000 100000\n",
+    }
+    assert cpu_limit(V2, lambda path: files.get(path, "")) == 1.5
+    files = {
+        "/sys/fs/cgroup/cpu/docker/x/cpu.cfs_quota_us": "-1\n",
+        "/sys/fs/cgroup/cpu/cpu.cfs_quota_us": "50000\n",
+        "/sys/fs/cgroup/cpu/docker/x/cpu.cfs_period_us": "100000\n",
+        "/sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000\n",
+    }
+    assert cpu_limit(V1, lambda path: files.get(path, "")) == 0.5
+    assert cpu_limit(V1, lambda path: "") is None
+
+
+def test_the_file_systems_of_folders_are_told_once_also_before_the_folders_are_there(
+    tmp_path: Path,
+) -> None:
+    (disk,) = disks([tmp_path, tmp_path / "not" / "yet"])
+    assert tmp_path.is_relative_to(disk.mount_point)
+    assert Path(disk.mount_point).is_mount()
+    assert 0 < disk.used_bytes <= disk.total_bytes == shutil.disk_usage(tmp_path).total
+    there = {one.mount_point for one in disks([tmp_path, Path("/proc"), Path("/dev")])}
+    assert {"/proc", "/dev"} < there
+
+
+async def test_this_machine_is_told_by_name_with_what_it_uses(tmp_path: Path) -> None:
+    status = await Detection([], folders=[tmp_path]).look()
+    assert status.os_version
+    assert status.kernel == os.uname().release
+    assert status.uptime_s > 0
+    assert 0 <= status.swap_used_bytes <= status.swap_total_bytes
+    assert [one.mount_point for one in status.disks] == [
+        one.mount_point for one in disks([tmp_path])
+    ]
+    assert not {"disks", "uptime_s", "swap_used_bytes"} & status.facts().keys()
+
+
 async def test_this_machine_has_processors_and_memory() -> None:
-    status = await detect()
+    detection = Detection([])
+    status = await detection.look()
     assert status.cpu_count >= 1
     assert 0 < status.memory_used_bytes < status.memory_total_bytes
-    assert status.facts() == (await detect()).facts()
-
-
-class Tool:
-    """A vendor's detector for tests: its command prints lines of "index name bytes"."""
-
-    vendor = "test"
-
-    def __init__(self, *command: str) -> None:
-        self.command = command
-
-    def look(self, tools: Tools) -> list[Device]:
-        if not tools.has(self.command[0]):
-            return []
-        rows = (line.split() for line in tools.run(*self.command).splitlines())
-        return [
-            Device(index=int(index), name=name, vendor="test", memory_total_bytes=int(size))
-            for index, name, size in rows
-        ]
-
-
-async def test_devices_come_from_the_tools_that_are_there(tmp_path: Path) -> None:
-    good = Tool("sh", "-c", "echo 0 card 1024; echo 1 card 2048")
-    absent = Tool(str(tmp_path / "no-such-tool"))
-    broken, odd = Tool("sh", "-c", "exit 3"), Tool("sh", "-c", "echo what is this")
-    status = await detect([absent, broken, odd, good])
-    assert [device.memory_total_bytes for device in status.gpu_devices] == [1024, 2048]
-
-
-async def test_a_tool_that_hangs_holds_up_nobody() -> None:
-    began = time.monotonic()
-    with pytest.raises(TimeoutError):
-        await detect([Tool("sleep", "2"), Tool("sleep", "2")], limit_s=0.2)
-    await asyncio.sleep(0)
-    assert time.monotonic() - began < 1
+    assert status.facts() == (await detection.look()).facts()
