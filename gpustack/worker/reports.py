@@ -56,7 +56,9 @@ class Reports:
         told = self._told.get(instance.id)
         if told is None or instance.deleting or told.state is instance.state:
             return
-        if asyncio.get_running_loop().time() - self._told_at[instance.id] > self._echo_s:
+        # We were silent; that is no echo of ours, and the server waits for a word.
+        asked = instance.state is InstanceState.UNREACHABLE
+        if asked or asyncio.get_running_loop().time() - self._told_at[instance.id] > self._echo_s:
             del self._told[instance.id]
             self._news.set()
 

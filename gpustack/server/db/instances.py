@@ -3,12 +3,12 @@
 An instance's model is told each time: what it shows depends on it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from sqlmodel import col, or_, select
 
 from gpustack.server.db.database import ReadSession, WriteSession, touch
-from gpustack.server.db.tables import Instance, Member, Model
+from gpustack.server.db.tables import Instance, Member, Model, Worker
 
 
 async def on_worker(session: ReadSession, worker_id: int) -> Sequence[Instance]:
@@ -16,6 +16,23 @@ async def on_worker(session: ReadSession, worker_id: int) -> Sequence[Instance]:
     parts = select(Member.instance_id).where(Member.worker_id == worker_id)
     here = or_(Instance.worker_id == worker_id, col(Instance.id).in_(parts))
     return (await session.exec(select(Instance).where(here).order_by(col(Instance.id)))).all()
+
+
+async def lacking_parts(session: ReadSession, ids: Collection[int]) -> set[int]:
+    """Of these instances, those that have a part on a lost worker other than their own."""
+    if not ids:
+        return set()
+    query = (
+        select(Member.instance_id)
+        .join(Worker, col(Worker.id) == Member.worker_id)
+        .join(Instance, col(Instance.id) == Member.instance_id)
+        .where(
+            col(Member.instance_id).in_(ids),
+            col(Worker.lost),
+            Member.worker_id != Instance.worker_id,
+        )
+    )
+    return set((await session.exec(query)).all())
 
 
 def because(session: WriteSession, row: Instance, why: str) -> None:
