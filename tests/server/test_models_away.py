@@ -8,9 +8,11 @@ import pytest
 from pydantic import BaseModel
 from sqlmodel import col, select, update
 
+from gpustack.config.load import hot_json, load
 from gpustack.schemas import instances as schemas
 from gpustack.schemas import model_files, wire, workers
 from gpustack.schemas.credentials import CredentialKind
+from gpustack.server import app
 from gpustack.server.controllers.workers import ALL, Patience, Workers
 from gpustack.server.db import tables
 from gpustack.server.db.database import get
@@ -310,6 +312,12 @@ async def test_the_end_of_the_grace_period_is_written_once_and_again_when_the_op
     assert first.grace_ends_at is not None
     assert timedelta(minutes=3) < longer.grace_ends_at - first.grace_ends_at < timedelta(minutes=5)
     assert (await look(plane, agent.id, led_for=led, grace=timedelta(minutes=1))).lost
+
+
+async def test_a_running_server_takes_another_grace_period_in(plane: Plane) -> None:
+    told = {"data_dir": str(plane.data_dir), "unreachable_grace": "90s"}
+    app._take_in(plane.app, hot_json(load(told, {}).settings))
+    assert plane.app.state.patience.grace == timedelta(seconds=90)
 
 
 @pytest.mark.parametrize(
