@@ -3,7 +3,6 @@
 import socket
 from collections import Counter
 from collections.abc import Iterable
-from datetime import UTC, datetime
 from typing import Any
 
 from fastapi import FastAPI
@@ -133,11 +132,10 @@ async def _workers(session: ReadSession, heartbeats: Heartbeats) -> list[Metric]
     known = select(Worker.id, Worker.name, Worker.silent, col(Worker.facts).is_(None))
     states = _none_of(WorkerState)
     ages: dict[tuple[str, ...], float] = {}
-    now = datetime.now(UTC)
     for worker_id, name, silent, is_mute in (await session.exec(known)).all():
-        heard = heartbeats.last(worker_id or 0)
-        if heard is not None:
-            ages[name,] = (now - heard).total_seconds()
+        unheard = heartbeats.unheard(worker_id or 0)
+        if unheard is not None:
+            ages[name,] = unheard.total_seconds()
         state = WorkerState.NOT_READY if is_mute else WorkerState.READY
         states[WorkerState.UNREACHABLE if silent else state,] += 1
     return [

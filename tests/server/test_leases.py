@@ -429,7 +429,7 @@ async def test_a_worker_that_speaks_to_another_server_is_not_silent(plane: Plane
 
     async def look(heartbeats: Heartbeats, *, led_for: timedelta) -> bool:
         controller = Workers(plane.db, heartbeats, Patience(limit))
-        controller._began = datetime.now(UTC) - led_for
+        controller._began -= led_for.total_seconds()
         await controller.reconcile(ALL)
         async with plane.db.read() as session:
             found = await session.get(Worker, agent.id)

@@ -233,8 +233,10 @@ def _about_lost(facts: Facts) -> Iterator[Step]:
 
 def _successor(facts: Facts, copy: Copy) -> Copy | None:
     """What is in the place of one that was lost now: of a chain of lost ones, the last."""
+    if copy.replaced_by is None:
+        return None
     copies = {one.id: one for one in facts.copies if one.phase is not Phase.STOPPING}
-    new = copies.get(copy.replaced_by or 0)
+    new = copies.get(copy.replaced_by)
     while new is not None and new.lost and new.replaced_by in copies:
         new = copies[new.replaced_by]
     return new

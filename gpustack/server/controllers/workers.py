@@ -1,7 +1,8 @@
 """Who is still there, who has fallen silent, and whose silence has lasted too long."""
 
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
+from time import monotonic
 from typing import Any
 
 from sqlmodel import select
@@ -51,7 +52,8 @@ class Workers:
     """Marks the silent, the lost and the returned.
 
     Silence counts from the later of the last heartbeat, to whichever server, and the moment this
-    server began to look: servers that were away must not blame their workers for it.
+    server began to look: servers that were away must not blame their workers for it. What is
+    measured here is measured by a clock that nobody can set.
     """
 
     def __init__(
@@ -59,7 +61,8 @@ class Workers:
     ) -> None:
         self._db = db
         self._heartbeats = heartbeats
-        self._began = datetime.now(UTC)
+        self._began = monotonic()
+        self._silent_from: dict[int, float] = {}
         self._patience = patience or Patience()
 
     async def reconcile(self, key: int) -> float | None:
@@ -92,20 +95,22 @@ class Workers:
         Args:
             since_written: since it spoke to any server, as far as that is written.
         """
-        now, limit = datetime.now(UTC), self._patience.silent_after
-        heard = self._heartbeats.last(worker_id)
-        since = [since_written, None if heard is None else now - heard]
+        now, limit = monotonic(), self._patience.silent_after
+        since = [since_written, self._heartbeats.unheard(worker_id)]
         unheard = min((one for one in since if one is not None), default=timedelta.max)
-        looking = now - self._began
-        quiet = min(unheard, looking)
+        looking = timedelta(seconds=now - self._began)
         # A server that just began knows nothing: it leaves all as it was until it does.
-        if unheard > limit and (looking > limit or silent):
-            left = self._patience.grace - quiet
-            lost = lost or left <= timedelta(0)
-            due_s = SILENT_AGAIN_S if lost else min(left.total_seconds(), SILENT_AGAIN_S)
-            return _Judgement(silent=True, lost=lost, left=left, due_s=max(due_s, SOON_S))
-        due_s = max((limit - quiet).total_seconds(), 0.0) + SOON_S
-        return _Judgement(silent=False, lost=False, left=timedelta(0), due_s=due_s)
+        if unheard <= limit or (looking <= limit and not silent):
+            self._silent_from.pop(worker_id, None)
+            due_s = max((limit - min(unheard, looking)).total_seconds(), 0.0) + SOON_S
+            return _Judgement(silent=False, lost=False, left=timedelta(0), due_s=due_s)
+        # The database's clock may be set forward: only `limit` of what it says counts.
+        before = min(unheard, looking, limit).total_seconds()
+        began = self._silent_from.setdefault(worker_id, now - before)
+        left = self._patience.grace - timedelta(seconds=now - began)
+        lost = lost or left <= timedelta(0)
+        due_s = SILENT_AGAIN_S if lost else min(left.total_seconds(), SILENT_AGAIN_S)
+        return _Judgement(silent=True, lost=lost, left=left, due_s=max(due_s, SOON_S))
 
     async def _mark(self, worker_id: int, now: _Judgement, end: datetime | None) -> None:
         async with self._db.write() as session:

@@ -32,7 +32,10 @@ async def is_heard(session: WriteSession, worker: Worker) -> None:
     """The worker has just said something, which every server knows from now on."""
     its = update(Worker).where(col(Worker.id) == worker.key()[1])
     await session.exec(
-        its.values(heartbeat_at=clock()).execution_options(synchronize_session=False)
+        # It has not changed for that.
+        its.values(heartbeat_at=clock(), updated_at=col(Worker.updated_at)).execution_options(
+            synchronize_session=False
+        )
     )
     await set_silent(session, worker, silent=False)
 
