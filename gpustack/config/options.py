@@ -62,7 +62,6 @@ WAITING = frozenset(
     ray_dashboard_port ray_metrics_export_port ray_node_manager_port ray_object_manager_port
     ray_port ray_runtime_env_agent_port ray_worker_port_range rpc_server_args
     rpc_server_port_range service_discovery_name system_default_container_registry
-    unreachable_grace
     """.split()
 )
 

@@ -150,7 +150,7 @@ class ServerOptions:
         "How long a silent worker keeps its instances before they are replaced, "
         "such as 30s, 5m or 1h.",
         "工作节点失联后其实例保留多久才被替换，例如 30s、5m、1h。",
-        shown_default=Text("5m", "5m"),
+        shown_default=Text("5m", "5m"), hot=True,
     )  # fmt: skip
     server_external_url: str | None = option(
         "--server-external-url", "url", None,

@@ -103,6 +103,7 @@ class Instance(Schema):
         model_generation: the model's generation whose version it runs.
         generation: counts changes of what it should be (a retry, its deletion).
         reasons: while pending, one per worker that was looked at.
+        replaced_by: the instance that was made in its place while its worker was silent.
         members: the parts of one that is on several workers, by rank; they have the claims then.
     """
 
@@ -126,6 +127,7 @@ class Instance(Schema):
     download_progress: float | None = None
     observed_generation: int = 0
     deleting: bool = False
+    replaced_by: int | None = None
     created_at: Time
     updated_at: Time
 
@@ -149,13 +151,13 @@ class AssignedInstance(RoutedInstance):
 
 
 def shown_state(
-    *, placed: bool, deleting: bool, worker_silent: bool, reported: InstanceState | None
+    *, placed: bool, deleting: bool, unreachable: bool, reported: InstanceState | None
 ) -> InstanceState:
     """The state a user sees, from the server's own facts and the worker's report."""
     if deleting:
         return InstanceState.STOPPING
     if not placed:
         return InstanceState.PENDING
-    if worker_silent:
+    if unreachable:
         return InstanceState.UNREACHABLE
     return reported or InstanceState.SCHEDULED

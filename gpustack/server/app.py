@@ -6,6 +6,7 @@ import logging
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -57,13 +58,14 @@ from gpustack.server.auth.last_uses import LastUses
 from gpustack.server.auth.passwords import hash_now
 from gpustack.server.auth.principals import Principal
 from gpustack.server.auth.throttle import Throttle
+from gpustack.server.controllers.workers import Patience
 from gpustack.server.db.bootstrap import bootstrap, node_id
 from gpustack.server.db.database import Database
 from gpustack.server.db.embedded import database_url, embedded
 from gpustack.server.db.leases import Leases
 from gpustack.server.db.migrate import migrate
 from gpustack.server.feed import Feed
-from gpustack.server.heartbeats import WRITE_EVERY_S, Heartbeats
+from gpustack.server.heartbeats import SILENT_AFTER, WRITE_EVERY_S, Heartbeats
 from gpustack.server.leading import Control, lead
 
 logger = logging.getLogger(__name__)
@@ -209,6 +211,7 @@ async def run(
     leave: Callable[[Reload], Awaitable[Leave]],
     *,
     started: Callable[[ApiServer], None] = lambda _: None,
+    silent_after: timedelta = SILENT_AFTER,
 ) -> None:
     """The control plane, once it alone acts for its data directory, until `leave` returns.
 
@@ -224,7 +227,8 @@ async def run(
         await asyncio.to_thread(held.enter_context, take_over(settings.data_dir / "server.lock"))
         patience_s = EMBEDDED_START_S if embedded(settings) else 0.0
         await asyncio.to_thread(migrate, database_url(settings), patience_s=patience_s)
-        async with control_plane(settings, boot.extra) as app, asyncio.TaskGroup() as group:
+        plane = control_plane(settings, boot.extra, silent_after=silent_after)
+        async with plane as app, asyncio.TaskGroup() as group:
             server = ApiServer(app)
             at = [boot.socket("api")] if "api" in boot.sockets else []
             group.create_task(server.serve(sockets=at))
@@ -240,7 +244,8 @@ async def run(
 
 
 def _take_in(app: FastAPI, raw: dict[str, Any]) -> None:
-    app.state.settings = with_hot(app.state.settings, raw)
+    settings = app.state.settings = with_hot(app.state.settings, raw)
+    app.state.patience.grace = timedelta(seconds=settings.unreachable_grace)
 
 
 async def _measured(boot: Boot, settings: Settings, app: FastAPI) -> None:
@@ -267,15 +272,18 @@ async def _providers(settings: Settings) -> AsyncIterator[dict[Source, Elsewhere
 
 
 @asynccontextmanager
-async def control_plane(settings: Settings, extra: Mapping[str, str]) -> AsyncIterator[FastAPI]:
+async def control_plane(
+    settings: Settings, extra: Mapping[str, str], *, silent_after: timedelta = SILENT_AFTER
+) -> AsyncIterator[FastAPI]:
     """Database, feed and controllers, all running; ended on the way out.
 
     The database is migrated. `extra` is the launcher's: this node's own secrets.
     """
+    patience = Patience(silent_after, timedelta(seconds=settings.unreachable_grace))
     heartbeats, last_uses, url = Heartbeats(), LastUses(), database_url(settings)
     news = News(heartbeats)
     db = Database(url, news.committed)
-    news.control = control = Control(db, heartbeats, settings.huggingface_token)
+    news.control = control = Control(db, heartbeats, settings.huggingface_token, patience)
     leases = Leases(url, node_id(settings.data_dir))
     try:
         cluster = await bootstrap(
@@ -309,6 +317,7 @@ async def control_plane(settings: Settings, extra: Mapping[str, str]) -> AsyncIt
                 openapi_docs=not settings.disable_openapi_docs,
             )
             app.state.settings, app.state.last_uses = settings, last_uses
+            app.state.patience = patience
             async with _providers(settings) as app.state.providers:
                 yield app
             for task in tasks:

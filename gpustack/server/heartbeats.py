@@ -1,7 +1,8 @@
 """When each worker was last heard of, and what it measured: in memory, since nothing changes."""
 
 from collections.abc import Sequence
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
+from time import monotonic
 from typing import Any
 
 from sqlalchemy import bindparam, update
@@ -20,7 +21,9 @@ STOPPED_AFTER = timedelta(seconds=25)
 
 
 class Heartbeats:
-    """What workers say all the time, by this server's clock; in memory, written in groups.
+    """What workers say all the time; in memory, written in groups.
+
+    When that was is measured by a clock that nobody can set.
 
     Attributes:
         runs: the run of each worker that the database is known to have.
@@ -30,24 +33,26 @@ class Heartbeats:
     def __init__(self) -> None:
         self.runs: dict[int, str] = {}
         self.facts: dict[int, dict[str, object]] = {}
-        self._heard: dict[int, datetime] = {}
+        self._heard: dict[int, float] = {}
         self._unwritten: dict[int, dict[str, Any]] = {}
 
     def heard(self, worker_id: int) -> None:
-        self._heard[worker_id] = datetime.now(UTC)
+        self._heard[worker_id] = monotonic()
         self._unwritten.setdefault(worker_id, {})
 
     def measured(self, worker_id: int, status: WorkerStatus) -> None:
         """Keep what a worker measured."""
         self._unwritten[worker_id] = status.measured()
 
-    def last(self, worker_id: int) -> datetime | None:
-        return self._heard.get(worker_id)
+    def unheard(self, worker_id: int) -> timedelta | None:
+        """How long it was not heard of by this server; None: never in this life."""
+        heard = self._heard.get(worker_id)
+        return None if heard is None else timedelta(seconds=monotonic() - heard)
 
     def is_live(self, worker_id: int, within: timedelta = SILENT_AFTER) -> bool:
         """Whether it was heard of lately, by this server in this life."""
-        last = self._heard.get(worker_id)
-        return last is not None and datetime.now(UTC) - last < within
+        unheard = self.unheard(worker_id)
+        return unheard is not None and unheard < within
 
     def forget(self, worker_id: int) -> None:
         """The worker's row has changed: what is known of it has to be read again."""

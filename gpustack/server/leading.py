@@ -17,6 +17,7 @@ from gpustack.server.controllers.models import Models
 from gpustack.server.controllers.placement import Placements
 from gpustack.server.controllers.profiles import Profiles
 from gpustack.server.controllers.queue import WorkQueue
+from gpustack.server.controllers.workers import Patience
 from gpustack.server.controllers.world import World
 from gpustack.server.db import tables
 from gpustack.server.db.database import Database
@@ -62,12 +63,16 @@ class Control:
 
     Args:
         token: for Hugging Face.
+        patience: with silent workers; may change.
     """
 
-    def __init__(self, db: Database, heartbeats: Heartbeats, token: Secret | None) -> None:
+    def __init__(
+        self, db: Database, heartbeats: Heartbeats, token: Secret | None, patience: Patience
+    ) -> None:
         self._db = db
         self._heartbeats = heartbeats
         self._token = token
+        self._patience = patience
         self._queues: Queues | None = None
 
     def hint(self, kind: str, row_id: int) -> None:
@@ -87,7 +92,7 @@ class Control:
             ("models", Models(db, world), queues.models),
             ("profiles", Profiles(db, self._token), queues.profiles),
             ("placement", Placements(db, world), queues.placement),
-            ("workers", workers.Workers(db, self._heartbeats), queues.workers),
+            ("workers", workers.Workers(db, self._heartbeats, self._patience), queues.workers),
         )
         try:
             async with asyncio.TaskGroup() as group:

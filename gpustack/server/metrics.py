@@ -3,7 +3,7 @@
 import socket
 from collections import Counter
 from collections.abc import Iterable
-from datetime import UTC, datetime
+from typing import Any
 
 from fastapi import FastAPI
 from sqlmodel import col, select
@@ -132,11 +132,10 @@ async def _workers(session: ReadSession, heartbeats: Heartbeats) -> list[Metric]
     known = select(Worker.id, Worker.name, Worker.silent, col(Worker.facts).is_(None))
     states = _none_of(WorkerState)
     ages: dict[tuple[str, ...], float] = {}
-    now = datetime.now(UTC)
     for worker_id, name, silent, is_mute in (await session.exec(known)).all():
-        heard = heartbeats.last(worker_id or 0)
-        if heard is not None:
-            ages[name,] = (now - heard).total_seconds()
+        unheard = heartbeats.unheard(worker_id or 0)
+        if unheard is not None:
+            ages[name,] = unheard.total_seconds()
         state = WorkerState.NOT_READY if is_mute else WorkerState.READY
         states[WorkerState.UNREACHABLE if silent else state,] += 1
     return [
@@ -152,15 +151,17 @@ async def _workers(session: ReadSession, heartbeats: Heartbeats) -> list[Metric]
 
 async def _models_and_instances(session: ReadSession) -> list[Metric]:
     """A model is ready while one of its instances runs."""
-    known = select(
-        Instance.model_id, Instance.deleting, Instance.reported_state, col(Worker.silent)
-    ).join(Worker, col(Worker.id) == col(Instance.worker_id), isouter=True)
+    # More columns than the types of `select` know.
+    columns: Any = (
+        Instance.model_id, Instance.deleting, Instance.reported_state, Worker.silent, Instance.lost
+    )  # fmt: skip
+    known = select(*columns).join(Worker, col(Worker.id) == col(Instance.worker_id), isouter=True)
     instances, ready = _none_of(InstanceState), set()
-    for model_id, deleting, reported, silent in (await session.exec(known)).all():
+    for model_id, deleting, reported, silent, lost in (await session.exec(known)).all():
         state = shown_state(
             placed=silent is not None,  # no worker has joined
             deleting=deleting,
-            worker_silent=bool(silent),
+            unreachable=bool(silent or lost),
             reported=InstanceState(reported) if reported else None,
         )
         instances[state,] += 1

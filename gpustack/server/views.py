@@ -25,6 +25,7 @@ from gpustack.schemas.model_files import ModelFile, ModelFileState
 from gpustack.schemas.model_files import shown_state as shown_file_state
 from gpustack.schemas.models import Model, ModelSpec, Rollout, VersionSpec
 from gpustack.schemas.workers import Leaving, Worker, WorkerState, WorkerStatus
+from gpustack.server import silence
 from gpustack.server.auth.principals import Principal
 from gpustack.server.db import tables
 from gpustack.server.db.access import grants_of, groups_of, may_use, usable_by
@@ -97,7 +98,15 @@ VISIBLE = {
 
 #: What an instance shows of its workers. What they have is long, and would be read for nothing.
 _WORKER: Any = tables.Worker  # whose attributes are columns to SQLAlchemy
-SHOWN_OF_WORKERS: Final = load_only(_WORKER.name, _WORKER.ip, _WORKER.silent, raiseload=True)
+SHOWN_OF_WORKERS: Final = load_only(
+    _WORKER.name,
+    _WORKER.ip,
+    _WORKER.silent,
+    _WORKER.lost,
+    _WORKER.grace_ends_at,
+    _WORKER.heartbeat_at,
+    raiseload=True,
+)
 
 
 @dataclass(frozen=True)
@@ -110,6 +119,7 @@ class Found:
         group_ids: of a credential: those that its user is in.
         leaving: of a worker that is being drained: what is still on it.
         members: of an instance, by rank, each with its worker.
+        replacement: of an instance: the name of the one that has its place.
     """
 
     kind: str
@@ -122,6 +132,7 @@ class Found:
     rollout: Rollout | None = None
     user: tables.User | None = None
     members: Sequence[tuple[tables.Member, tables.Worker]] = ()
+    replacement: str | None = None
     grants: Grants | None = None
     group_ids: frozenset[int] = frozenset()
     leaving: Sequence[Leaving] = ()
@@ -247,6 +258,12 @@ async def with_parents(session: ReadSession, rows: Any) -> list[Found]:
     )
     for member, on in (await session.exec(parts)).all():
         members[member.instance_id].append((member, on))
+    replaced = {row.replaced_by for row in rows if row.lost} - {None}
+    names: dict[int | None, str] = {}
+    if replaced:
+        theirs = select(tables.Instance.id, tables.Instance.name)
+        chosen = theirs.where(col(tables.Instance.id).in_(replaced))
+        names = dict((await session.exec(chosen)).all())
     return [
         _found(
             wire.INSTANCES,
@@ -255,6 +272,7 @@ async def with_parents(session: ReadSession, rows: Any) -> list[Found]:
             version=versions[row.version_id],
             worker=workers.get(row.worker_id),
             members=members[row.id],
+            replacement=names.get(row.replaced_by),
         )
         for row in rows
     ]
@@ -317,6 +335,10 @@ def instance_view(found: Found, audience: Audience) -> Instance:
         "state": instance_state(row, found.worker),
         "members": [member_view(row, *member) for member in found.members],
     }
+    if found.worker is not None:
+        on = (found.worker, *(worker for _, worker in found.members))
+        if said := silence.of_instance(row, on, found.replacement):
+            facts["state_message"] = said
     if audience.kind is CredentialKind.GATEWAY:
         return RoutedInstance.model_validate(facts | {"secret": row.secret})
     if audience.kind is CredentialKind.WORKER:
@@ -336,7 +358,7 @@ def member_view(instance: tables.Instance, row: tables.Member, worker: tables.Wo
     state = shown_state(
         placed=True,
         deleting=instance.deleting,
-        worker_silent=worker.silent,
+        unreachable=worker.silent,
         reported=InstanceState(row.reported_state) if row.reported_state else None,
     )
     return Member.model_validate(row.model_dump() | {"worker_name": worker.name, "state": state})
@@ -346,7 +368,7 @@ def instance_state(row: tables.Instance, worker: tables.Worker | None) -> Instan
     return shown_state(
         placed=row.worker_id is not None,
         deleting=row.deleting,
-        worker_silent=bool(worker and worker.silent),
+        unreachable=row.lost or bool(worker and worker.silent),
         reported=InstanceState(row.reported_state) if row.reported_state else None,
     )
 
@@ -363,7 +385,7 @@ def model_file_view(row: tables.ModelFile) -> ModelFile:
 def worker_view(row: tables.Worker, leaving: Sequence[Leaving] = ()) -> Worker:
     state, message = WorkerState.READY, ""
     if row.silent:
-        state, message = WorkerState.UNREACHABLE, "the server has not heard from it lately"
+        state, message = WorkerState.UNREACHABLE, silence.of_worker(row)
     elif row.facts is None:
         state, message = WorkerState.NOT_READY, "it has not reported yet what it has"
     return Worker.model_validate(

@@ -17,7 +17,7 @@ _FILE = TypeAdapter(dict[int, AssignedInstance])
 #: What the server shows of our own reports: no news, and not worth a write.
 _ECHO = {
     "state", "state_message", "reasons", "port", "pid", "restart_count", "download_progress",
-    "observed_generation", "updated_at", "worker_name",
+    "observed_generation", "updated_at", "worker_name", "replaced_by",
 }  # fmt: skip
 
 

@@ -38,6 +38,7 @@ class Reports:
         self._told: dict[int, InstanceStatus] = {}
         self._told_at: dict[int, float] = {}
         self._shown: dict[int, InstanceState] = {}
+        self._asked: set[int] = set()
         self._news = asyncio.Event()
 
     def put(self, id: int, status: InstanceStatus) -> None:
@@ -49,10 +50,18 @@ class Reports:
     def forget(self, id: int) -> None:
         for table in (self._now, self._told, self._told_at, self._shown):
             table.pop(id, None)
+        self._asked.discard(id)
 
     def hear(self, instance: AssignedInstance) -> None:
-        """See what the server shows; if it is not what it was told, it is told again."""
+        """See what the server shows; if it is not what it was told, it is told again.
+
+        At once if we were silent for it: that is no echo of ours, and it waits for a word.
+        """
         self._shown[instance.id] = instance.state
+        if instance.state is InstanceState.UNREACHABLE:
+            self._asked.add(instance.id)
+            self._news.set()
+            return
         told = self._told.get(instance.id)
         if told is None or instance.deleting or told.state is instance.state:
             return
@@ -87,10 +96,13 @@ class Reports:
     async def send_pending(self, client: AgentClient) -> None:
         """Tell the server what it was not told yet."""
         for id, status in list(self._now.items()):
-            if self._told.get(id) != status:
+            if id in self._asked or self._told.get(id) != status:
                 await self._send(client, id, status)
 
     async def _send(self, client: AgentClient, id: int, status: InstanceStatus) -> None:
+        if id in self._asked:
+            self._asked.discard(id)
+            self._told.pop(id, None)  # until it has heard this
         told = self._told.get(id)
         before = told.state if told else self._shown.get(id)
         try:

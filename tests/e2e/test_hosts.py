@@ -27,6 +27,8 @@ pytestmark = pytest.mark.slow
 
 REMOTE = "remote"
 
+CABLE_OUT_S = 2.0
+
 SO_RCVBUFFORCE = 33  # beyond what the system allows: the reader may have to wait for a core
 
 
@@ -115,12 +117,17 @@ def reachable(address: str, port: int) -> bool:
         return False
 
 
-async def test_a_stream_crosses_hosts_and_survives_the_agents_death(
-    server: Node, worker: Node, key: str
+async def test_a_stream_crosses_hosts_and_survives_the_agents_death_and_a_loose_cable(
+    server: Node, worker: Node, key: str, places: list[Host]
 ) -> None:
     engines = worker.engine_pids()
     async with running_streams(server, key, REMOTE, 2):
         os.kill(worker.pids("agent")[0], signal.SIGKILL)
+        places[1].cut()
+        try:
+            await asyncio.sleep(CABLE_OUT_S)
+        finally:
+            places[1].heal()
     assert worker.engine_pids() == engines
 
 

@@ -40,12 +40,12 @@ def test_whatever_is_placed_may_fail_fall_silent_and_be_stopped(state: S) -> Non
         ({"placed": False}, S.PENDING),
         ({"placed": True}, S.SCHEDULED),
         ({"placed": True, "reported": S.RUNNING}, S.RUNNING),
-        ({"placed": True, "reported": S.RUNNING, "worker_silent": True}, S.UNREACHABLE),
+        ({"placed": True, "reported": S.RUNNING, "unreachable": True}, S.UNREACHABLE),
         ({"placed": True, "reported": S.RUNNING, "deleting": True}, S.STOPPING),
     ],
 )
 def test_the_state_shown_comes_from_the_servers_facts_and_the_workers_report(
     facts: dict[str, object], shown: S
 ) -> None:
-    full: dict[str, object] = {"deleting": False, "worker_silent": False, "reported": None} | facts
+    full: dict[str, object] = {"deleting": False, "unreachable": False, "reported": None} | facts
     assert shown_state(**full) is shown  # type: ignore[arg-type]

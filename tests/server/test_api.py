@@ -8,10 +8,11 @@ from typing import Any
 
 import httpx
 import pytest
+from sqlalchemy import update
 from sqlmodel import select
 
 from gpustack.schemas import wire
-from gpustack.server.controllers.workers import ALL, SILENT_AGAIN_S, Workers
+from gpustack.server.controllers.workers import ALL, SILENT_AGAIN_S, Patience, Workers
 from gpustack.server.db import tables
 from gpustack.server.heartbeats import Heartbeats
 from gpustack.server.views import ADMIN
@@ -437,7 +438,7 @@ async def test_a_silent_worker_is_unreachable_with_its_instances_until_it_is_hea
     heartbeats = plane.app.state.heartbeats
 
     async def look(limit: timedelta) -> tuple[str, str]:
-        await Workers(plane.db, heartbeats, silent_after=limit).reconcile(ALL)
+        await Workers(plane.db, heartbeats, Patience(limit)).reconcile(ALL)
         (worker,) = (await admin.get("/v2/workers")).json()["items"]
         return worker["state"], (await instances(admin))[0]["state"]
 
@@ -449,10 +450,12 @@ async def test_a_silent_worker_is_unreachable_with_its_instances_until_it_is_hea
 async def test_one_look_judges_every_worker(plane: Plane) -> None:
     first, second = await plane.worker("first"), await plane.worker("second")
     plane.app.state.heartbeats._heard.clear()  # the plane's own control leaves all as it is
+    async with plane.db.write() as session:  # it has registered, and that was all
+        await session.exec(update(tables.Worker).values(heartbeat_at=None))
     heard = Heartbeats()
-    assert (await Workers(plane.db, heard, silent_after=timedelta(0)).reconcile(ALL)) is not None
+    assert (await Workers(plane.db, heard, Patience(timedelta(0))).reconcile(ALL)) is not None
     heard.heard(first.id)
-    again_s = await Workers(plane.db, heard, silent_after=timedelta(minutes=1)).reconcile(ALL)
+    again_s = await Workers(plane.db, heard, Patience(timedelta(minutes=1))).reconcile(ALL)
     admin = await plane.admin()
     states = {w["id"]: w["state"] for w in (await admin.get("/v2/workers")).json()["items"]}
     assert states == {first.id: "ready", second.id: "unreachable"}

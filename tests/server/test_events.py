@@ -8,7 +8,7 @@ import pytest
 from sqlmodel import select
 
 from gpustack.schemas.events import EventType
-from gpustack.server.controllers.workers import ALL, Workers
+from gpustack.server.controllers.workers import ALL, Patience, Workers
 from gpustack.server.db import history, tables
 from gpustack.server.db.transitions import Happening
 from tests.server.conftest import JOIN, FakeAgent, Plane, registration
@@ -183,7 +183,7 @@ async def test_a_worker_is_told_of_from_its_registration_to_its_deletion(plane: 
 async def test_the_silence_of_a_worker_is_its_instances_as_well(plane: Plane) -> None:
     _, agent, instance = await deployed(plane)
     heartbeats = plane.app.state.heartbeats
-    await Workers(plane.db, heartbeats, silent_after=timedelta(0)).reconcile(ALL)
+    await Workers(plane.db, heartbeats, Patience(timedelta(0))).reconcile(ALL)
     await Workers(plane.db, heartbeats).reconcile(ALL)
     assert [kind for kind, _ in await told(plane, "workers", agent.id)][-2:] == [
         "unreachable",

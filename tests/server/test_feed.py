@@ -14,7 +14,7 @@ from sqlmodel import delete, select
 from gpustack.lib.secrets import digest
 from gpustack.schemas import wire
 from gpustack.schemas.credentials import CredentialKind
-from gpustack.server.controllers.workers import ALL, Workers
+from gpustack.server.controllers.workers import ALL, Patience, Workers
 from gpustack.server.db import history, tables
 from gpustack.server.db.database import Database, current_revision
 from gpustack.server.feed import Subscription, Told, _changes
@@ -309,7 +309,7 @@ async def test_watchers_are_told_what_the_list_shows_when_a_worker_falls_silent_
     await agent.say(one["id"], "starting")
     await agent.say(one["id"], "running")
     await see(1, "running")
-    await Workers(plane.db, plane.app.state.heartbeats, silent_after=timedelta(0)).reconcile(ALL)
+    await Workers(plane.db, plane.app.state.heartbeats, Patience(timedelta(0))).reconcile(ALL)
     await see(0, "unreachable")
     path = f"/v2/workers/{agent.id}/registration"
     assert (await agent.http.put(path, json=registration("one"))).status_code == 200

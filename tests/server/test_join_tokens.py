@@ -366,5 +366,5 @@ async def test_a_machine_that_was_restarted_is_let_in_once_its_old_life_is_silen
     assert (await agent.http.put(path, json=again)).status_code == 200
     rebooted = registration(boot_id="two", run_id="three")
     assert (await agent.http.put(path, json=rebooted)).status_code == 409
-    plane.app.state.heartbeats._heard[agent.id] -= heartbeats.STOPPED_AFTER
+    plane.app.state.heartbeats._heard[agent.id] -= heartbeats.STOPPED_AFTER.total_seconds()
     assert (await agent.http.put(path, json=rebooted)).status_code == 200

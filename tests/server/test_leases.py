@@ -24,7 +24,7 @@ from gpustack.errors import LeaseLost
 from gpustack.lib.secrets import digest
 from gpustack.schemas import wire
 from gpustack.schemas.credentials import CredentialKind
-from gpustack.server.controllers.workers import ALL, Workers
+from gpustack.server.controllers.workers import ALL, Patience, Workers
 from gpustack.server.db.bootstrap import bootstrap, node_id
 from gpustack.server.db.database import Database
 from gpustack.server.db.leases import Leases, leading
@@ -286,7 +286,7 @@ async def _hold(db: Database, holder: str) -> None:
 
 @asynccontextmanager
 async def controlling(db: Database, leases: Leases) -> AsyncIterator[Control]:
-    control = Control(db, Heartbeats(), None)
+    control = Control(db, Heartbeats(), None, Patience())
     async with asyncio.TaskGroup() as group:
         task = group.create_task(lead(leases, control.run, renew_every_s=RENEW_S))
         yield control
@@ -428,8 +428,8 @@ async def test_a_worker_that_speaks_to_another_server_is_not_silent(plane: Plane
     limit = timedelta(seconds=60)
 
     async def look(heartbeats: Heartbeats, *, led_for: timedelta) -> bool:
-        controller = Workers(plane.db, heartbeats, silent_after=limit)
-        controller._began = datetime.now(UTC) - led_for
+        controller = Workers(plane.db, heartbeats, Patience(limit))
+        controller._began -= led_for.total_seconds()
         await controller.reconcile(ALL)
         async with plane.db.read() as session:
             found = await session.get(Worker, agent.id)

@@ -136,6 +136,24 @@ async def test_what_the_server_shows_wrong_is_said_again(plane: ControlPlane) ->
     assert plane.reports[-1][1].state is STATE.RUNNING
 
 
+async def test_what_the_server_has_lost_sight_of_is_said_again_at_once(
+    plane: ControlPlane,
+) -> None:
+    """Whatever it knew before: unreachable goes to any state."""
+    await plane.assign(assigned(1, SPEC))
+    told = Told(echo_s=60)
+    async with sending(told, plane):
+        told.put(1, STATE.ERROR, "boom")
+        await plane.until_state(1, STATE.ERROR)
+        so_far = len(plane.reports)
+        told.reports.hear(assigned(1, SPEC, state=STATE.UNREACHABLE))
+        told.put(1, STATE.RUNNING)
+        await plane.until_state(1, STATE.RUNNING)
+        told.reports.hear(assigned(1, SPEC, state=STATE.UNREACHABLE))
+        await plane.until(lambda: len(plane.reports) == so_far + 2)
+    assert [status.state for _, status in plane.reports[so_far:]] == ["running", "running"]
+
+
 async def test_an_echo_of_an_earlier_report_changes_nothing(plane: ControlPlane) -> None:
     await plane.assign(assigned(1, SPEC))
     told = Told(echo_s=60)

@@ -21,6 +21,7 @@ from gpustack.server.db import tables
 from gpustack.server.db.database import Database, get, touch
 from gpustack.server.db.instances import begin_end, remove
 from gpustack.server.db.states import instance_state
+from gpustack.server.db.workers import is_found
 from gpustack.server.views import ADMIN, load_ids
 
 if TYPE_CHECKING:
@@ -89,6 +90,9 @@ async def report_instance(
         if row.worker_id != worker.worker_id:
             raise Forbidden("this instance is not on this worker")
         old = InstanceState(row.reported_state or InstanceState.SCHEDULED)
+        if row.lost:
+            old = InstanceState.UNREACHABLE
+            await is_found(session, row)
         if not can_move(old, status.state):
             raise Conflict(f"instance {row.name} cannot go from {old} to {status.state}")
         if status.state is InstanceState.GONE and not row.deleting:

@@ -37,7 +37,7 @@ from gpustack.server.db.drains import leaving_of
 from gpustack.server.db.instances import begin_end, on_worker, remove
 from gpustack.server.db.join_tokens import admit
 from gpustack.server.db.states import worker_state
-from gpustack.server.db.workers import is_back, turn_drain
+from gpustack.server.db.workers import is_back, is_heard, turn_drain
 from gpustack.server.heartbeats import STOPPED_AFTER, Heartbeats
 from gpustack.server.views import worker_view
 
@@ -247,6 +247,7 @@ async def _enrol(
         await is_back(session, row, body.model_dump())
     session.add(row)
     await session.flush()
+    await is_heard(session, row)
     return row
 
 

@@ -17,6 +17,7 @@ from gpustack.server.controllers.placement import decided
 from gpustack.server.controllers.rolling import Copy, Facts, Phase, Room, needs_room
 from gpustack.server.controllers.world import World
 from gpustack.server.db.database import WriteSession
+from gpustack.server.db.instances import lacking_parts
 from gpustack.server.db.tables import Instance, Member, Model, ModelVersion, Worker
 from gpustack.server.db.versions import is_same, newest_version
 from gpustack.server.views import whole_spec
@@ -33,6 +34,14 @@ class _Seen(NamedTuple):
     row: Instance
     version: ModelVersion
     worker: Worker | None
+    part_lost: bool = False  # a worker other than its own
+
+    @property
+    def lost(self) -> bool:
+        """Its end is for its own worker to tell; how it is, for all that it is on."""
+        if self.row.deleting and self.worker is not None:
+            return self.worker.lost
+        return self.row.lost
 
 
 async def facts_of(
@@ -46,7 +55,7 @@ async def facts_of(
     copies = [_copy(one, wanted, parts) for one in seen if not _is_out_of_reach(one)]
     replicas = 0 if model.deleting else model.replicas
     facts = Facts(replicas, wanted.id or 0, copies)
-    live = sum(copy.phase is not Phase.STOPPING for copy in copies)
+    live = sum(copy.phase is not Phase.STOPPING and not copy.lost for copy in copies)
     is_rolling = needs_room(copies) and replicas > 0
     if not is_rolling and (live <= replicas or not replicas):
         return rows, facts
@@ -59,7 +68,7 @@ async def facts_of(
     if not is_rolling:
         return rows, facts
     busy = await _busy(session, model, [node.worker.id for node in snapshot.nodes])
-    old = [c for c in copies if not c.wanted and not c.leaving]
+    old = (c for c in copies if not (c.wanted or c.leaving or c.lost))
     places = [c for c in old if c.worker is not None and c.worker not in busy]
     room = _room(model, wanted, snapshot, counts, places, claims) if wanted.profile else None
     return rows, replace(facts, room=room, busy=busy)
@@ -73,12 +82,18 @@ async def _instances(session: WriteSession, model: Model) -> list[_Seen]:
         .where(Instance.model_id == model.id)
         .order_by(col(Instance.id))
     )
-    return [_Seen(*row) for row in (await session.exec(query)).all()]
+    seen = [_Seen(*row) for row in (await session.exec(query)).all()]
+    lacking = await lacking_parts(session, [one.row.key()[1] for one in seen if one.row.lost])
+    return [one._replace(part_lost=one.row.id in lacking) for one in seen]
 
 
 def _is_out_of_reach(one: _Seen) -> bool:
-    """It is to stop and nobody can say when it does: a roll does not wait for that."""
-    return one.row.deleting and one.worker is not None and one.worker.silent
+    """It is to stop and nobody can say when it does: a roll does not wait for that.
+
+    Once its worker is lost, nobody waits for it at all.
+    """
+    worker = one.worker
+    return one.row.deleting and worker is not None and worker.silent and not worker.lost
 
 
 async def _parts_leaving(session: WriteSession, model: Model) -> dict[int, str]:
@@ -93,7 +108,7 @@ async def _parts_leaving(session: WriteSession, model: Model) -> dict[int, str]:
 
 
 def _copy(one: _Seen, wanted: ModelVersion, parts_leaving: Mapping[int, str] | None = None) -> Copy:
-    phase = _phase(one.row, one.worker)
+    phase = _phase(one)
     said = one.row.state_message if phase is Phase.FAILED else ""
     if phase is Phase.WAITING:
         # That its files are being read is no trouble; that they cannot be, the version says.
@@ -112,15 +127,18 @@ def _copy(one: _Seen, wanted: ModelVersion, parts_leaving: Mapping[int, str] | N
         name=one.row.name,
         said=said,
         leaving=one.worker.name if one.worker and leaves else (parts_leaving or {}).get(row_id, ""),
+        lost=one.lost,
+        replaced_by=one.row.replaced_by,
     )
 
 
-def _phase(row: Instance, worker: Worker | None) -> Phase:
+def _phase(one: _Seen) -> Phase:
+    row, worker = one.row, one.worker
     if row.deleting:
         return Phase.STOPPING
     if worker is None:
         return Phase.WAITING
-    if worker.silent:
+    if worker.silent or (row.lost and not one.part_lost):
         return Phase.AWAY
     if row.reported_state == InstanceState.RUNNING:
         return Phase.READY
@@ -210,6 +228,7 @@ async def _busy(session: WriteSession, model: Model, workers: Sequence[int]) -> 
             continue
         wanted = await newest_version(session, model_id)
         copies = [_copy(one, wanted) for one in seen if not _is_out_of_reach(one)]
+        copies = [copy for copy in copies if not copy.lost]
         if any(copy.phase is Phase.WAITING for copy in copies):
             busy |= dict.fromkeys(workers, other.name)  # nobody knows yet where it goes
         if await _is_rolling(session, other, wanted, copies):

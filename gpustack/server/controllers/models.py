@@ -5,7 +5,17 @@ import string
 from collections.abc import Mapping
 
 from gpustack.server.controllers.copies import facts_of
-from gpustack.server.controllers.rolling import Add, Copy, GiveUp, Phase, Plan, Remove, plan_roll
+from gpustack.server.controllers.rolling import (
+    Add,
+    Copy,
+    Forget,
+    GiveUp,
+    Keep,
+    Phase,
+    Plan,
+    Remove,
+    plan_roll,
+)
 from gpustack.server.controllers.world import World
 from gpustack.server.db.database import Database, WriteSession, touch
 from gpustack.server.db.instances import because, begin_end, touch_draining
@@ -60,16 +70,29 @@ async def _carry_out(
     why_new = _why(model, copies)
     for step in plan.steps:
         match step:
-            case Add(version, fallback):
+            case Add(version, fallback, replaces):
                 made = _instance(model, version, fallback)
                 session.add(made)
-                because(session, made, why_new if fallback is None else _REPLACES)
+                why = why_new if fallback is None else _REPLACES
+                if replaces is not None:
+                    lost = rows[replaces]
+                    await session.flush()
+                    lost.replaced_by = made.key()[1]
+                    why = f"it takes the place of {lost.name}, which is out of reach"
+                because(session, made, why)
+            case Keep(id):
+                rows[id].replaced_by = None
+            case Forget(id):
+                await session.delete(rows.pop(id))
             case GiveUp(id):
                 rows[id].fallback_version_id = None
             case Remove(id) if rows[id].worker_id is None:  # nobody has anything of it
                 await session.delete(rows.pop(id))
-            case Remove(id):
-                begin_end(session, rows[id], model, _why_not(model, copies.get(id)))
+            case Remove(id, rival):
+                why = _why_not(model, copies.get(id))
+                if rival is not None:
+                    why = f"{rows[rival].name} has its place"
+                begin_end(session, rows[id], model, why)
     if plan.steps:
         touch(session, model)
 

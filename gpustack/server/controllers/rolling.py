@@ -11,9 +11,12 @@ The first failure of a new instance stops the roll: what is left of the old vers
 
 What is on a worker that is being drained is replaced like what is of another version, but never to
 make room: it goes once its successor answers, or stays.
+
+An instance whose worker is silent for too long is lost: it does not count, so another is made in
+its place. When it is heard of again, one of the two goes: see `_loser`, and decision 29.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -48,6 +51,8 @@ class Copy:
         fallback: of one that waits for the place of another: the version that was there.
         worth: how well it is placed; larger is better. See `scheduler.standing`.
         said: why it is in this phase, for people.
+        lost: its worker was silent beyond the grace period, and it was not heard of since.
+        replaced_by: the one that was made in its place meanwhile.
     """
 
     id: int
@@ -60,6 +65,8 @@ class Copy:
     name: str = ""
     said: str = ""
     leaving: str = ""
+    lost: bool = False
+    replaced_by: int | None = None
 
     @property
     def stays(self) -> bool:
@@ -105,14 +112,36 @@ class Add:
 
     Attributes:
         fallback: the version to place again if this one does not fit.
+        replaces: the lost one in whose place it is.
     """
 
     version: int
     fallback: int | None = None
+    replaces: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Remove:
+    """
+    Attributes:
+        rival: of two in one place, for one of them was lost: the one that stays.
+    """
+
+    id: int
+    rival: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Keep:
+    """The instance was lost and stays: what was made in its place is gone, or goes."""
+
+    id: int
+
+
+@dataclass(frozen=True, slots=True)
+class Forget:
+    """The instance was to stop and is lost: nobody waits for its end any longer."""
+
     id: int
 
 
@@ -123,7 +152,7 @@ class GiveUp:
     id: int
 
 
-Step = Add | Remove | GiveUp
+Step = Add | Remove | GiveUp | Keep | Forget
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +185,10 @@ def plan_roll(facts: Facts) -> Plan:
     What always holds: there are never more than `replicas` + 1 instances because of a roll, and
     of those that were ready never fewer than `replicas` - 1 stay so.
     """
-    live = [copy for copy in facts.copies if copy.phase is not Phase.STOPPING]
+    if steps := tuple(_about_lost(facts)):
+        return Plan(steps)
+    present = (copy for copy in facts.copies if copy.phase is not Phase.STOPPING)
+    live = [copy for copy in present if _counts(facts, copy)]
     new = [copy for copy in live if copy.stays]
     old = [copy for copy in live if not copy.stays]
     surplus = _surplus(facts.replicas, live, new, old)
@@ -168,14 +200,76 @@ def plan_roll(facts: Facts) -> Plan:
         return Plan((GiveUp(misfit.id), *back))
     missing = facts.replicas - len(live)
     if missing > 0:
-        # What is broken is not spread: while it is, the version that serves fills the gaps.
-        is_sound = facts.room is not None and not _first(new, Phase.FAILED)
-        newest_old = max((copy.version for copy in old if not copy.wanted), default=facts.version)
-        version = facts.version if is_sound else newest_old
-        return Plan((Add(version),) * missing)
+        return Plan(_added(facts, missing, new, old))
     if old:
         return _replacement(facts, live, new, old)
     return Plan(why=_trouble(new))
+
+
+def _added(
+    facts: Facts, missing: int, new: Sequence[Copy], old: Sequence[Copy]
+) -> tuple[Step, ...]:
+    # What is broken is not spread: while it is, the version that serves fills the gaps.
+    is_sound = facts.room is not None and not _first(new, Phase.FAILED)
+    lost = [copy for copy in facts.copies if copy.lost]
+    served = (copy.version for copy in (*old, *lost) if not copy.wanted)
+    newest_old = max(served, default=facts.version)
+    version = facts.version if is_sound else newest_old
+    places = [copy.id for copy in lost if _successor(facts, copy) is None][:missing]
+    replacing = [Add(version, replaces=id) for id in places]
+    return (*replacing, *(Add(version),) * (missing - len(places)))
+
+
+# --- what is lost, and what comes back -------------------------------------------------------
+
+
+def _about_lost(facts: Facts) -> Iterator[Step]:
+    """Of each that was lost: whether its end is still waited for, and who has its place."""
+    for copy in facts.copies:
+        new = _successor(facts, copy)
+        if copy.phase is Phase.STOPPING:
+            if copy.lost:
+                yield Forget(copy.id)
+        elif copy.lost:
+            # A part of it is lost: without that it may answer, as long as nothing else does.
+            answers = copy.phase is Phase.READY and (new is None or new.phase is not Phase.READY)
+            if not facts.replicas or (copy.phase is not Phase.AWAY and not answers):
+                yield Remove(copy.id)
+        elif new is not None and (loser := _loser(copy, new)) is not None:
+            yield Remove(loser.id, rival=(copy if loser is new else new).id)
+        elif new is None and copy.replaced_by is not None:
+            yield Keep(copy.id)
+
+
+def _successor(facts: Facts, copy: Copy) -> Copy | None:
+    """What is in the place of one that was lost now: of a chain of lost ones, the last."""
+    if copy.replaced_by is None:
+        return None
+    copies = {one.id: one for one in facts.copies if one.phase is not Phase.STOPPING}
+    new = copies.get(copy.replaced_by)
+    while new is not None and new.lost and new.replaced_by in copies:
+        new = copies[new.replaced_by]
+    return new
+
+
+def _loser(old: Copy, new: Copy) -> Copy | None:
+    """Which of two in one place goes: the one that is good for less; None: that is not known yet.
+
+    Of equals it is the one that is not to stay where it is, then the one that is not wanted, then
+    the old one.
+    """
+    phases = {old.phase, new.phase}
+    if Phase.AWAY in phases and Phase.READY not in phases:
+        return None  # the one that is away may well be running
+    return min(
+        old, new, key=lambda copy: (_ORDER[copy.phase], copy.stays, copy.wanted, copy is new)
+    )
+
+
+def _counts(facts: Facts, copy: Copy) -> bool:
+    """Whether it is one of those that the model wants: of two in one place one is."""
+    new = _successor(facts, copy)
+    return not copy.lost and (new is None or new.lost or _loser(copy, new) is not None)
 
 
 def _surplus(
@@ -220,7 +314,7 @@ def _replacement(
         # Nobody has anything of them: there is nothing to lose.
         steps: list[Step] = []
         for copy in waiting:
-            steps += [Remove(copy.id), Add(facts.version, copy.fallback)]
+            steps += [Remove(copy.id), _in_place_of(facts, copy, copy.fallback)]
         return Plan(tuple(steps))
     if any(copy.phase is not Phase.READY for copy in new) or _stopping(facts):
         return Plan(why=_trouble(new))
@@ -230,23 +324,23 @@ def _replacement(
     if not free:
         model = next(busy[copy.worker] for copy in old if copy.worker in busy)
         return Plan(why=f"waits for the roll of {model} on the same worker", look_again=True)
-    return _next(facts.version, live, free, room, busy)
+    return _next(facts, live, free, room, busy)
 
 
 def _next(
-    version: int, live: Sequence[Copy], free: Sequence[Copy], room: Room, busy: dict[int, str]
+    facts: Facts, live: Sequence[Copy], free: Sequence[Copy], room: Room, busy: dict[int, str]
 ) -> Plan:
     elsewhere = room.worker is not None and room.worker not in busy
     staying = [copy for copy in free if not copy.leaving]
     for copy in staying:
         fits = elsewhere or copy.id in room.instead_of
         if copy.phase in {Phase.FAILED, Phase.STARTING} and fits:  # it answers nobody
-            return Plan((Remove(copy.id), Add(version, fallback=copy.version)))
+            return Plan((Remove(copy.id), _in_place_of(facts, copy, copy.version)))
     if room.worker in busy:
         why = f"waits for the roll of {busy[room.worker]} on the worker where there is room"
         return Plan(why=why, look_again=True)
     if room.worker is not None:
-        return Plan((Add(version),))
+        return Plan((Add(facts.version),))
     place = next((copy for copy in staying if copy.id in room.instead_of), None)
     if place is None and not staying:
         why = f"{free[0].name} stays on {free[0].leaving}, for there is no room elsewhere"
@@ -258,7 +352,13 @@ def _next(
     if lame is not None:
         why = f"{lame.name} does not answer, so no other is stopped to make room"
         return Plan(why=why, look_again=True)
-    return Plan((Remove(place.id), Add(version, fallback=place.version)))
+    return Plan((Remove(place.id), _in_place_of(facts, place, place.version)))
+
+
+def _in_place_of(facts: Facts, copy: Copy, fallback: int | None) -> Add:
+    """One of the wanted version; where `copy` was in the place of a lost one, it is too."""
+    lost = (one.id for one in facts.copies if one.lost and one.replaced_by == copy.id)
+    return Add(facts.version, fallback, next(lost, None))
 
 
 def _first(copies: Iterable[Copy], phase: Phase) -> Copy | None:

@@ -80,8 +80,8 @@ AUDITED: Final[Mapping[type, Subject]] = {
         frozenset(
             {"id", "revision", "version_id", "generation", "claim", "secret", "reported_state",
              "state_message", "observed_generation", "port", "pid", "restart_count",
-             "download_progress", "reasons", "deleting", "replaced_by", "fallback_version_id",
-             "created_at", "updated_at"}
+             "download_progress", "reasons", "deleting", "lost", "replaced_by",
+             "fallback_version_id", "created_at", "updated_at"}
         ),
     ),
     tables.Worker: Subject(
@@ -95,7 +95,7 @@ AUDITED: Final[Mapping[type, Subject]] = {
              "labels", "system_reserved_ram_bytes", "system_reserved_vram_bytes", "version",
              "certificate", "facts", "cpu_percent", "memory_used_bytes", "host_used",
              "devices_used", "gpu_percent", "vram_used_bytes", "heartbeat_at", "agent_secret",
-             "silent", "created_at", "updated_at"}
+             "silent", "lost", "grace_ends_at", "created_at", "updated_at"}
         ),
     ),
     tables.ModelFile: Subject(

@@ -19,6 +19,23 @@ async def on_worker(session: ReadSession, worker_id: int) -> Sequence[Instance]:
     return (await session.exec(select(Instance).where(here).order_by(col(Instance.id)))).all()
 
 
+async def lacking_parts(session: ReadSession, ids: Collection[int]) -> set[int]:
+    """Of these instances, those that have a part on a lost worker other than their own."""
+    if not ids:
+        return set()
+    query = (
+        select(Member.instance_id)
+        .join(Worker, col(Worker.id) == Member.worker_id)
+        .join(Instance, col(Instance.id) == Member.instance_id)
+        .where(
+            col(Member.instance_id).in_(ids),
+            col(Worker.lost),
+            Member.worker_id != Instance.worker_id,
+        )
+    )
+    return set((await session.exec(query)).all())
+
+
 def because(session: WriteSession, row: Instance, why: str) -> None:
     """Have the event that this transaction makes of the instance say why."""
     session.info.setdefault("why", {})[row.name] = why

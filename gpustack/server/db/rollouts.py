@@ -36,7 +36,10 @@ async def rollouts_of(
 
 
 async def _uses(session: ReadSession, models: Iterable[int]) -> dict[int, _Uses]:
-    """Of each model, how its instances divide into versions; those being ended are left out."""
+    """Of each model, how its instances divide into versions.
+
+    Those being ended are left out, and those that are lost: others are in their places.
+    """
     silent = select(Worker.id).where(col(Worker.silent))
     answers = and_(
         col(Instance.reported_state) == InstanceState.RUNNING,
@@ -49,7 +52,11 @@ async def _uses(session: ReadSession, models: Iterable[int]) -> dict[int, _Uses]
             func.count(col(Instance.id)),
             func.sum(case((answers, 1), else_=0)),
         )
-        .where(col(Instance.model_id).in_(models), col(Instance.deleting).is_(False))
+        .where(
+            col(Instance.model_id).in_(models),
+            col(Instance.deleting).is_(False),
+            col(Instance.lost).is_(False),
+        )
         .group_by(col(Instance.model_id), col(Instance.version_id))
     )
     uses: dict[int, _Uses] = {}

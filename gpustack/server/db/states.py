@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from sqlalchemy import ColumnElement, case, func
+from sqlalchemy import ColumnElement, case, func, or_
 from sqlmodel import col, select
 
 from gpustack.schemas.instances import InstanceState
@@ -29,7 +29,7 @@ def instance_state() -> ColumnElement[Any]:
     return case(
         (col(Instance.deleting), InstanceState.STOPPING.value),
         (col(Instance.worker_id).is_(None), InstanceState.PENDING.value),
-        (is_silent, InstanceState.UNREACHABLE.value),
+        (or_(is_silent, col(Instance.lost)), InstanceState.UNREACHABLE.value),
         else_=func.coalesce(Instance.reported_state, InstanceState.SCHEDULED.value),
     )
 

@@ -230,6 +230,14 @@ class Credential(Watched, table=True):
 
 
 class Worker(Watched, table=True):
+    """A machine that runs an agent.
+
+    Attributes:
+        silent: it has not been heard of for so long that what is on it is unreachable.
+        lost: it has been silent for longer than the grace period.
+        grace_ends_at: when a silent one becomes lost, for people to read; None: it is not silent.
+    """
+
     __tablename__ = "workers"
     __table_args__ = {"sqlite_autoincrement": True}
     KIND: ClassVar[str] = wire.WORKERS
@@ -265,6 +273,8 @@ class Worker(Watched, table=True):
     # the server's own
     agent_secret: str = _text()
     silent: bool = Field(default=False, index=True)
+    lost: bool = False
+    grace_ends_at: datetime | None = _time(default=None)
     created_at: datetime = _time(default_factory=now)
     updated_at: datetime = _time(default_factory=now, sa_column_kwargs={"onupdate": now})
 
@@ -409,6 +419,9 @@ class Instance(Watched, table=True):
     """One copy of a model.
 
     Attributes:
+        lost: a worker of it was silent for longer than the grace period, and what has become of it
+            has not been said since.
+        replaced_by: the instance that was made in its place while it was lost.
         fallback_version_id: the version whose instance was stopped to make room for this one; it
             is placed again if this one does not fit.
     """
@@ -417,8 +430,8 @@ class Instance(Watched, table=True):
     __table_args__ = (
         # All that a rollout counts: no row is read for it.
         Index(
-            "ix_model_instances_uses",
-            "model_id", "version_id", "deleting", "reported_state", "worker_id",
+            "ix_model_instances_counts",
+            "model_id", "version_id", "deleting", "lost", "reported_state", "worker_id",
         ),
         {"sqlite_autoincrement": True},
     )  # fmt: skip
@@ -443,6 +456,7 @@ class Instance(Watched, table=True):
     # the server's own
     reasons: list[dict[str, Any]] = _json(default_factory=list)
     deleting: bool = False
+    lost: bool = False
     replaced_by: int | None = _id(default=None)
     fallback_version_id: int | None = _id(default=None)
     created_at: datetime = _time(default_factory=now)
