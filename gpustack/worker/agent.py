@@ -4,6 +4,7 @@ import asyncio
 import logging
 import socket
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -11,7 +12,7 @@ from gpustack.config import load
 from gpustack.config.options import Settings
 from gpustack.lib import role
 from gpustack.lib.locks import take_over
-from gpustack.worker import metrics
+from gpustack.worker import metrics, views
 from gpustack.worker.api import Api
 from gpustack.worker.attempts import Memory
 from gpustack.worker.certificate import OwnCertificate
@@ -135,10 +136,18 @@ def _answering(
     sockets: Mapping[str, socket.socket], settings: Settings, enrolment: Enrolment, control: Control
 ) -> Iterator[Coroutine[Any, Any, None]]:
     """What serves the sockets that there are."""
+    records = Records(settings.data_dir)
     if (sock := sockets.get("agent")) is not None:
-        yield Api(log_dir=settings.log_dir, secret=enrolment.secret).serve(sock)
+        api = Api(
+            log_dir=settings.log_dir,
+            secret=enrolment.secret,
+            instances=lambda: control.instances,
+            engines=partial(views.engines, control, records, settings.log_dir),
+            metrics=partial(metrics.gather, control, records),
+        )
+        yield api.serve(sock)
     if (sock := sockets.get("worker-metrics")) is not None:
-        records, force_auth = Records(settings.data_dir), settings.force_auth_localhost
+        force_auth = settings.force_auth_localhost
         yield metrics.serve(sock, control, records, force_auth=force_auth)
 
 

@@ -22,14 +22,19 @@ async def serve(
 ) -> None:
     """Answer at `sock` until cancelled."""
 
-    async def gather() -> list[Metric]:
-        states: dict[tuple[str, ...], float] = dict.fromkeys(((phase,) for phase in Phase), 0)
-        for phase in control.phases():
-            states[phase,] += 1
-        by_state = Metric("gpustack_engines", "Engines by state.", ("state",), states)
-        return [by_state, *await asyncio.to_thread(_used, list(records.all()))]
+    async def gathered() -> list[Metric]:
+        return await gather(control, records)
 
-    await metrics.serve(sock, gather, _admit, force_auth=force_auth)
+    await metrics.serve(sock, gathered, _admit, force_auth=force_auth)
+
+
+async def gather(control: Control, records: Records) -> list[Metric]:
+    """The metrics of now."""
+    states: dict[tuple[str, ...], float] = dict.fromkeys(((phase,) for phase in Phase), 0)
+    for phase in control.phases():
+        states[phase,] += 1
+    by_state = Metric("gpustack_engines", "Engines by state.", ("state",), states)
+    return [by_state, *await asyncio.to_thread(_used, list(records.all()))]
 
 
 async def _admit(_: Exchange) -> None:
