@@ -13,6 +13,7 @@ from gpustack.config.options import Settings
 from gpustack.lib import role
 from gpustack.lib.locks import take_over
 from gpustack.worker import metrics, views
+from gpustack.worker.address import address, keep_address
 from gpustack.worker.api import Api
 from gpustack.worker.attempts import Memory
 from gpustack.worker.certificate import OwnCertificate
@@ -31,7 +32,7 @@ from gpustack.worker.file_reports import FileReports
 from gpustack.worker.launches import Launches
 from gpustack.worker.log_keeping import keep_logs
 from gpustack.worker.model_files import ModelFiles
-from gpustack.worker.ports import PortLeases
+from gpustack.worker.ports import LOOPBACK, PortLeases
 from gpustack.worker.reconcile import Policy
 from gpustack.worker.session import Rhythm, Session
 from gpustack.worker.supervisor import adoption
@@ -80,7 +81,8 @@ async def run(
     """
     name = worker_name(settings)
     certificate = OwnCertificate(settings.data_dir, name)
-    about = registration(settings, server_url, certificate.pem)
+    reached_at = await asyncio.to_thread(address, settings, server_url)
+    about = registration(settings, reached_at or LOOPBACK, certificate.pem)
     rhythm = rhythm or Rhythm()
     fingerprint, tls = server_trust(settings, load_membership(settings.data_dir), server_url)
     enrolment = Enrolment(
@@ -102,6 +104,8 @@ async def run(
         logs = keep_logs(settings.log_dir, lambda: control.instances)
         tasks = [group.create_task(control.run()), talking, group.create_task(logs)]
         tasks.append(group.create_task(_keep(certificate, enrolment, every_s=rhythm.look_s)))
+        keeping = keep_address(settings, server_url, enrolment, every_s=rhythm.look_s)
+        tasks.append(group.create_task(keeping))
         answering = _answering(sockets, settings, enrolment, control)
         tasks += [group.create_task(each) for each in answering]
 

@@ -83,19 +83,20 @@ class Session:
     async def _until_refused(self, membership: Membership) -> GPUStackError:
         async with self._enrolment.client(membership.credential) as client:
             try:
-                await in_own_task(self._talk(client, membership.worker_id))
+                await in_own_task(self._talk(client, membership))
             except* (Unauthorized, Forbidden) as refusals:
                 refusal = refusals.exceptions[0]
         return refusal if isinstance(refusal, GPUStackError) else Unauthorized()
 
-    async def _talk(self, client: AgentClient, worker_id: int) -> None:
+    async def _talk(self, client: AgentClient, membership: Membership) -> None:
+        worker_id = membership.worker_id
         async with asyncio.TaskGroup() as group:
             group.create_task(self._watch(client))
             group.create_task(self._control.reports.send(client))
             group.create_task(self._orders.reports.send(client, worker_id))
             group.create_task(self._status(client, worker_id))
             group.create_task(self._heartbeats(client, worker_id))
-            group.create_task(self._announcements(client, worker_id))
+            group.create_task(self._announcements(membership.credential, worker_id))
 
     async def _watch(self, client: AgentClient) -> None:
         async with aclosing(client.follow([wire.INSTANCES, wire.MODEL_FILES])) as events:
@@ -122,16 +123,22 @@ class Session:
             said = why
             await asyncio.sleep(self._rhythm.heartbeat_s)
 
-    async def _announcements(self, client: AgentClient, worker_id: int) -> None:
+    async def _announcements(self, credential: str, worker_id: int) -> None:
+        said = ""
         while True:
             await self._enrolment.news.wait()
             self._enrolment.news.clear()
             try:
-                await client.announce(worker_id, self._enrolment.registration)
+                # With a new address, connections from the old one may lead nowhere.
+                async with self._enrolment.client(credential) as client:
+                    await client.announce(worker_id, self._enrolment.registration)
+                said = ""
             except (Unauthorized, Forbidden):
                 raise
             except GPUStackError as error:
-                logger.warning("the server did not hear our new settings, again soon: %s", error)
+                if str(error) != said:
+                    logger.warning("the server did not hear our news, again soon: %s", error)
+                said = str(error)
                 self._enrolment.news.set()
                 await asyncio.sleep(self._rhythm.again_s)
 
