@@ -29,7 +29,8 @@ class Bounds:
     """What is kept of logs.
 
     Attributes:
-        log_bytes: of a log at which its file is emptied, and of what is kept of it then.
+        log_bytes: of a log at which its file is emptied; what is kept of it then is at most twice
+            that, so nothing is dropped of one that grows by less between two looks.
         runs: of an instance, before the present one. At one start in five minutes, the slowest
             that a crash loop gets, they reach back a night.
         runs_bytes: of the same together, whatever the newest of them has.
@@ -120,7 +121,7 @@ class Watch:
         """
         new = cut_path(self._path).with_name(self._path.name + ".cut.new")
         with self._path.open("r+b") as log:
-            log.seek(size - log_bytes)
+            log.seek(max(0, size - 2 * log_bytes))
             try:
                 with _created(new) as kept:
                     await asyncio.to_thread(_copy, log.fileno(), kept.fileno(), 2 * log_bytes)
