@@ -4,6 +4,7 @@ import codecs
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import aclosing, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,7 @@ import click
 from gpustack.cli.connection import Connection, connected
 from gpustack.cli.tables import as_json, show
 from gpustack.errors import Invalid, NotFound
-from gpustack.lib.text import plain
+from gpustack.lib.text import plain, split_sequence
 
 if TYPE_CHECKING:
     from gpustack.client import Client
@@ -112,10 +113,17 @@ def _sink(output: str | None) -> Iterator[Callable[[bytes], object]]:
         with file:
             yield file.write
         return
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    shown = output is None and sys.stdout is not None and sys.stdout.isatty()
+    if output is not None or sys.stdout is None or not sys.stdout.isatty():
+        yield partial(click.echo, nl=False)
+        return
+    decoder, held = codecs.getincrementaldecoder("utf-8")("replace"), ""
 
     def write(chunk: bytes) -> None:
-        click.echo(plain(decoder.decode(chunk)) if shown else chunk, nl=False)
+        nonlocal held
+        text, held = split_sequence(held + decoder.decode(chunk))
+        click.echo(plain(text, colours=True), nl=False)
 
-    yield write
+    try:
+        yield write
+    finally:
+        click.echo("\x1b[0m", nl=False)  # the terminal is the user's again

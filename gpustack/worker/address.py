@@ -7,6 +7,7 @@ from gpustack.config.options import Settings
 from gpustack.errors import SettingsError
 from gpustack.lib.net import interface_address, route_towards
 from gpustack.worker.enrolment import Enrolment
+from gpustack.worker.ports import LOOPBACK
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +28,19 @@ def address(settings: Settings, server_url: str) -> str | None:
         except ValueError as error:  # it had one when the node started
             raise SettingsError(f"--worker-ifname: {error}") from None
     return route_towards(server_url)
+
+
+async def first_address(settings: Settings, server_url: str) -> str:
+    """An address for this worker's first words; `keep_address` puts it right.
+
+    An agent that starts anew while the interface is down has engines to look after all the same.
+    """
+    try:
+        found = await asyncio.to_thread(address, settings, server_url)
+    except SettingsError as error:
+        logger.warning("for now this worker has the address of its route to the server: %s", error)
+        found = await asyncio.to_thread(route_towards, server_url)
+    return found or LOOPBACK
 
 
 async def keep_address(

@@ -13,7 +13,7 @@ from gpustack.config.options import Settings
 from gpustack.lib import role
 from gpustack.lib.locks import take_over
 from gpustack.worker import metrics, views
-from gpustack.worker.address import address, keep_address
+from gpustack.worker.address import first_address, keep_address
 from gpustack.worker.api import Api
 from gpustack.worker.attempts import Memory
 from gpustack.worker.certificate import OwnCertificate
@@ -32,7 +32,7 @@ from gpustack.worker.file_reports import FileReports
 from gpustack.worker.launches import Launches
 from gpustack.worker.log_keeping import keep_logs
 from gpustack.worker.model_files import ModelFiles
-from gpustack.worker.ports import LOOPBACK, PortLeases
+from gpustack.worker.ports import PortLeases
 from gpustack.worker.reconcile import Policy
 from gpustack.worker.session import Rhythm, Session
 from gpustack.worker.supervisor import adoption
@@ -81,8 +81,8 @@ async def run(
     """
     name = worker_name(settings)
     certificate = OwnCertificate(settings.data_dir, name)
-    reached_at = await asyncio.to_thread(address, settings, server_url)
-    about = registration(settings, reached_at or LOOPBACK, certificate.pem)
+    reached_at = await first_address(settings, server_url)
+    about = registration(settings, reached_at, certificate.pem)
     rhythm = rhythm or Rhythm()
     fingerprint, tls = server_trust(settings, load_membership(settings.data_dir), server_url)
     enrolment = Enrolment(

@@ -147,6 +147,8 @@ async def test_why_there_is_no_log_is_said(plane: Plane) -> None:
             404,
             f"worker w: instance {stage.instance['id']} has no previous log on this worker",
         )
+        status, message = await said(stage.path + "?previous=2")
+        assert (status, "has no previous log" in message) == (404, True)
         assert (await said("/v2/model-instances/99/logs"))[0] == 404
     status, message = await said()  # now nobody answers there
     assert (status, message.startswith("worker w cannot be reached")) == (503, True)

@@ -12,7 +12,7 @@ from gpustack.config.load import load
 from gpustack.config.options import Settings
 from gpustack.lib.net import route_towards
 from gpustack.lib.platform import listen
-from gpustack.worker.address import address, keep_address
+from gpustack.worker.address import address, first_address, keep_address
 from gpustack.worker.enrolment import Enrolment, registration
 
 LOOPBACK = "http://127.0.0.1:80"
@@ -61,6 +61,15 @@ async def test_while_there_is_no_address_the_last_one_stays(
         await looked_at_often(settings, url, enrolment, tmp_path)
     assert (enrolment.registration.ip, enrolment.news.is_set()) == ("192.0.2.7", False)
     assert caplog.text.count(said) == 1 if said else not caplog.text
+
+
+async def test_an_agent_that_starts_while_the_interface_is_down_does_so(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    settings = replace(load({}, {}).settings, worker_ifname="nope0")
+    assert await first_address(settings, LOOPBACK) == "127.0.0.1"
+    assert "network interface 'nope0' is not there" in caplog.text
+    assert await first_address(settings, NOWHERE) == "127.0.0.1"
 
 
 async def test_an_advertised_address_stays(tmp_path: Path) -> None:

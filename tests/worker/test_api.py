@@ -13,7 +13,7 @@ import pytest
 
 from gpustack.errors import NotFound, Unauthorized
 from gpustack.forward.metrics import Metric
-from gpustack.schemas.engines import Engines
+from gpustack.schemas.engines import Engine, Engines
 from gpustack.worker import log_times
 from gpustack.worker.api import ROUTES, Api
 from gpustack.worker.supervisor.engine_log import log_path, start_log
@@ -38,20 +38,20 @@ async def served(log_dir: Path, secret: str | None) -> AsyncIterator[str]:
             log_dir=log_dir,
             secret=lambda: secret,
             instances=lambda: {7},
-            engines=no_engines,
-            metrics=no_metrics,
+            engines=engines,
+            metrics=some_metrics,
         )
         task = group.create_task(api.serve(sock))
         yield f"http://127.0.0.1:{port}"
         task.cancel()
 
 
-async def no_engines() -> Engines:
-    return Engines([])
+async def engines() -> Engines:
+    return Engines([Engine(instance_id=7, instance_name="m-abcde", phase="running", pid=9)])
 
 
-async def no_metrics() -> list[Metric]:
-    return []
+async def some_metrics() -> list[Metric]:
+    return [Metric("gpustack_engines", "Engines by state.", ("state",), {("running",): 1})]
 
 
 def write(log_dir: Path, text: str, *, instance_id: int = 7) -> Path:
@@ -136,6 +136,14 @@ async def test_what_there_is_not_and_what_makes_no_sense_is_said(
         assert (answer.status_code, answer.json()["code"]) == (400, "bad_request")
     assert (await client.get("/v2/logs/../logs/7x")).status_code == 404
     assert (await client.delete("/v2/logs/7")).status_code == 404
+
+
+async def test_what_runs_here_and_its_metrics_are_told(client: httpx.AsyncClient) -> None:
+    (engine,) = (await client.get("/v2/engines")).json()
+    assert (engine["instance_name"], engine["pid"], engine["age_s"]) == ("m-abcde", 9, None)
+    answer = await client.get("/metrics")
+    assert 'gpustack_engines{state="running"} 1.0' in answer.text.splitlines()
+    assert answer.headers["content-type"].startswith("text/plain")
 
 
 async def test_the_agents_log_level_is_read_and_changed_by_name(client: httpx.AsyncClient) -> None:
