@@ -8,6 +8,7 @@ from gpustack.cli.connection import Connection, connected
 from gpustack.cli.tables import as_json, show
 from gpustack.cli.words import line
 from gpustack.errors import Invalid
+from gpustack.lib.net import url_host
 from gpustack.lib.units import gib
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ def list_workers(server: Connection, as_json: bool) -> None:
         server.run(act),
         ("ID", "NAME", "ADDRESS", "STATE", "CPUS", "RAM", "GPUS", "VERSION", "LABELS", "WHY"),
         lambda w: (
-            w.id, w.name, f"{w.ip}:{w.port}", w.state, *_facts(w), w.version, _labels(w),
+            w.id, w.name, f"{url_host(w.ip)}:{w.port}", w.state, *_facts(w), w.version, _labels(w),
             w.state_message,
         ),
         as_json=as_json,

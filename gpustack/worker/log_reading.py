@@ -140,9 +140,10 @@ class Run:
             self._cut.close()
         self._cut, self._cut_mark = None, mark
         self._base = self._begins = log_times.read(self._path).base
-        if mark is not None:
-            self._cut = cut_path(self._path).open("rb", buffering=0)
-            self._begins = self._base - os.fstat(self._cut.fileno()).st_size
+        with suppress(FileNotFoundError):  # an old log, which has just been removed
+            if mark is not None:
+                self._cut = cut_path(self._path).open("rb", buffering=0)
+                self._begins = self._base - os.fstat(self._cut.fileno()).st_size
 
 
 async def tail(run: Run, lines: int) -> int:

@@ -147,7 +147,8 @@ async def test_another_agent_goes_on_where_the_one_before_was(path: Path) -> Non
 
 async def test_times_cover_the_whole_run_and_stay_small(path: Path) -> None:
     os.close(start_log(path))
-    log_times.note(path, 0.0, 100, begins=True)
+    log_times.note(path, 0.0, 50)
+    log_times.note(path, 0.5, 100, begins=True)
     for second in range(1, 6_000):
         log_times.note(path, float(second), 100 + second * 10)
     assert times_path(path).stat().st_size <= log_times.LIMIT_BYTES
