@@ -100,11 +100,13 @@ class Watch:
             self._size = 0
         elif now.st_size < self._size:  # somebody else has emptied it
             self._forget()
-        if now.st_size != self._size:
-            self._size = now.st_size
-            log_times.note(self._path, time.time(), self._base + now.st_size)
-        if now.st_size > log_bytes:
-            await self._cut(now.st_size, log_bytes)
+        try:
+            if now.st_size != self._size:
+                self._size = now.st_size
+                log_times.note(self._path, time.time(), self._base + now.st_size)
+        finally:  # also when the disk is full: then all the more
+            if now.st_size > log_bytes:
+                await self._cut(now.st_size, log_bytes)
 
     def complain(self, error: OSError) -> None:
         """Say so once, not every two seconds."""
@@ -117,7 +119,7 @@ class Watch:
 
         The engine keeps its file and goes on at its beginning. What it writes between the last
         read and the cut is lost: a log that no one can be asked to reopen has no better way. So is
-        all of it when the disk is full; then all the more it is emptied.
+        all of it when the disk is full.
         """
         new = cut_path(self._path).with_name(self._path.name + ".cut.new")
         with self._path.open("r+b") as log:
@@ -152,9 +154,9 @@ class Watch:
 
     def _forget(self) -> None:
         """What is noted of the log is of bytes that are not there any more."""
-        with suppress(OSError):
-            cut_path(self._path).unlink(missing_ok=True)
-            times_path(self._path).unlink(missing_ok=True)
+        for beside in (cut_path(self._path), times_path(self._path)):
+            with suppress(OSError):
+                beside.unlink(missing_ok=True)
         self._base = self._size = 0
 
 

@@ -86,5 +86,5 @@ def _thinned(lines: list[str]) -> list[str]:
 def _lines(path: Path) -> list[str]:
     try:
         return times_path(path).read_text("ascii", errors="replace").split("\n")[:-1]
-    except FileNotFoundError:
+    except OSError:  # none yet, in most cases
         return []

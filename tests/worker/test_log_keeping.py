@@ -1,5 +1,6 @@
 import asyncio
 import os
+from collections.abc import Callable
 from contextlib import aclosing, closing
 from pathlib import Path
 
@@ -124,11 +125,14 @@ async def test_a_log_that_somebody_else_empties_is_read_from_its_beginning(path:
     os.close(fd)
 
 
-async def test_a_log_is_cut_also_when_nothing_of_it_can_be_kept(path: Path) -> None:
+@pytest.mark.parametrize("beside", [cut_path, times_path])
+async def test_a_log_is_cut_also_when_nothing_of_it_can_be_kept(
+    path: Path, beside: Callable[[Path], Path]
+) -> None:
     watch, fd = Watch(path), start_log(path)
     os.write(fd, bytes(2000))
     os.close(fd)
-    cut_path(path).mkdir()
+    beside(path).mkdir()
     with pytest.raises(IsADirectoryError):
         await watch.look(1000)
     assert size(path) == 0
