@@ -249,3 +249,13 @@ async def test_an_agent_keeps_the_logs_of_what_it_runs(node: Node, plane: Contro
         await plane.until_state(1, InstanceState.RUNNING)
         await eventually(lambda: len(list(folder.glob("1???.log"))) == 100)
     assert (folder / "1.log").exists()
+
+
+async def test_each_failed_start_has_a_log_of_its_own(node: Node, plane: ControlPlane) -> None:
+    path = log_path(node.settings.log_dir, 1)
+    async with node.agent():
+        await plane.assign(assigned(1, node.spec("exit=3")))
+        await eventually(lambda: len(runs_before(path)) >= 2)
+    said = [run.read_text() for run in (path, *runs_before(path))]
+    assert all(text.count("started") == 1 and "magic mismatch" in text for text in said)
+    assert len({text.split()[1] for text in said}) == len(said)  # each of its own process
