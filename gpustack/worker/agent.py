@@ -104,7 +104,7 @@ async def run(
         logs = keep_logs(settings.log_dir, lambda: control.instances)
         tasks = [group.create_task(control.run()), talking, group.create_task(logs)]
         tasks.append(group.create_task(_keep(certificate, enrolment, every_s=rhythm.look_s)))
-        keeping = keep_address(settings, server_url, enrolment, every_s=rhythm.look_s)
+        keeping = keep_address(settings, server_url, enrolment, every_s=rhythm.address_s)
         tasks.append(group.create_task(keeping))
         answering = _answering(sockets, settings, enrolment, control)
         tasks += [group.create_task(each) for each in answering]

@@ -25,6 +25,7 @@ class Rhythm:
     Attributes:
         heartbeat_s: the server counts silence in tens of seconds.
         look_s: between two looks at what the worker has; a change is told at once.
+        address_s: the same at its address, without which nobody elsewhere reaches it.
         status_s: between two statuses without a change; with a look it stays below the 30 s
             after which measured use is old.
         again_s: from a credential's refusal to the next attempt to join.
@@ -33,6 +34,7 @@ class Rhythm:
 
     heartbeat_s: float = 10.0
     look_s: float = 10.0
+    address_s: float = 5.0
     status_s: float = 20.0
     again_s: float = 1.0
     refused_s: float = 60.0

@@ -54,7 +54,9 @@ async def asked(
                 raise Unavailable(f"worker {worker.name} answered {answer.status_code}: {said}")
             yield answer
     except httpx.HTTPError as error:
-        why = str(error) or type(error).__name__  # time-outs carry no text
+        why = str(error) or type(error).__name__
+        if isinstance(error, httpx.TimeoutException):  # these carry no text
+            why = f"it does not answer within {CONNECT_TIMEOUT_S:g} s"
         if trust.tls_error(error) is not None:
             why = "it does not show the certificate with which it registered"
         raise Unavailable(f"worker {worker.name} cannot be reached: {why}") from None
