@@ -110,12 +110,12 @@ async def test_a_changed_address_is_used_without_a_restart(
         return {peer.strip("[]").removeprefix("::ffff:") for peer in peers}
 
     assert await is_at(first)
-    async with running_streams(server, key, REMOTE, 2):
+    async with running_streams(server, key, REMOTE):
         mine.ip("addr", "add", f"{second}/24", "dev", "eth0")
         mine.ip("route", "change", f"{NETWORK}.0/24", "dev", "eth0", "src", second)
         await eventually(lambda: is_at(second), "the new address is known", within_s=60)
         assert await answers()
-        assert talked_to() == {first, second}  # the streams go on as they were
+        assert talked_to() == {first, second}  # the stream goes on as it was
     keep_secondaries(mine)
     mine.ip("addr", "del", f"{first}/24", "dev", "eth0")
     assert await answers()
