@@ -144,7 +144,7 @@ class Instances(Collection[Instance], Follows[Instance], Deletes):
             since: a duration such as "10m", or a time (RFC 3339).
         """
         asked: dict[str, Filter] = {
-            "follow": follow, "previous": int(previous), "tail": tail, "since": since
+            "follow": follow, "previous": previous or None, "tail": tail, "since": since
         }  # fmt: skip
         read_s = None if follow else self._caller.timeout_s
         async with self._caller.stream(f"{self.PATH}/{id}/logs", asked, read_s=read_s) as answer:
