@@ -2,15 +2,18 @@
 
 import codecs
 import sys
-from contextlib import aclosing
+from collections.abc import Callable, Iterator
+from contextlib import aclosing, contextmanager
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from gpustack.cli.connection import Connection, connected
 from gpustack.cli.tables import as_json, show
-from gpustack.errors import NotFound
-from gpustack.lib.text import plain
+from gpustack.errors import Invalid, NotFound
+from gpustack.lib.text import plain, split_sequence
 
 if TYPE_CHECKING:
     from gpustack.client import Client
@@ -49,22 +52,78 @@ def _why(instance: "Instance") -> str:
 @instances.command()
 @click.argument("instance")
 @click.option("--follow", "-f", is_flag=True, help="Go on with what is added.")
-@click.option("--tail", type=click.IntRange(0), metavar="N", help="This many lines from the end.")
+@click.option("--tail", type=click.IntRange(-1), metavar="N", help="This many lines from the end; "
+              "-1: all. Default: 1000, or all with --since or --output.")  # fmt: skip
+@click.option("--previous", "-p", count=True,
+              help="Of the run before; -pp of the one before that, and so on.")  # fmt: skip
+@click.option("--since", metavar="TIME|DURATION",
+              help="Such as 10m, or 2026-01-31T12:00:00Z.")  # fmt: skip
+@click.option("--output", "-o", type=click.Path(dir_okay=False, allow_dash=True), metavar="FILE",
+              help="Write every byte to FILE.")  # fmt: skip
 @connected
-def logs(server: Connection, instance: str, follow: bool, tail: int | None) -> None:
-    """Print the log of INSTANCE's engine; INSTANCE is a name or an id."""
+def logs(
+    server: Connection,
+    instance: str,
+    follow: bool,
+    tail: int | None,
+    previous: int,
+    since: str | None,
+    output: str | None,
+) -> None:
+    """Print the log of INSTANCE's engine.
 
-    # A terminal would obey what an engine logged; files get every byte.
-    shown = sys.stdout is not None and sys.stdout.isatty()
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    INSTANCE is a name or an id, or the name of a model that has one instance.
+    """
+    tail = -1 if tail is None and output is not None else tail
 
     async def act(client: "Client") -> None:
-        every = await client.instances.list()
-        found = next((i for i in every if instance in (i.name, str(i.id))), None)
-        if found is None:
-            raise NotFound(f"no instance is called {instance}")
-        async with aclosing(client.instances.logs(found.id, tail=tail, follow=follow)) as chunks:
-            async for chunk in chunks:
-                click.echo(plain(decoder.decode(chunk)) if shown else chunk, nl=False)
+        found = _of(instance, await client.instances.list())
+        asked = client.instances.logs(
+            found.id, tail=tail, follow=follow, previous=previous, since=since
+        )
+        async with aclosing(asked) as chunks:
+            first = await anext(chunks, b"")  # a refusal leaves the file as it was
+            with _sink(output) as write:
+                write(first)
+                async for chunk in chunks:
+                    write(chunk)
 
     server.run(act)
+
+
+def _of(name: str, every: "list[Instance]") -> "Instance":
+    found = [one for one in every if name in (one.name, str(one.id))]
+    found = found or [one for one in every if name == one.model_name]
+    if not found:
+        raise NotFound(f"no instance is called {name}, nor a model that has one")
+    if len(found) > 1:
+        names = ", ".join(one.name for one in found)
+        raise Invalid(f"model {name} has {len(found)} instances: name one of {names}")
+    return found[0]
+
+
+@contextmanager
+def _sink(output: str | None) -> Iterator[Callable[[bytes], object]]:
+    """Where a log goes: byte for byte, but on a terminal, which would obey what an engine said."""
+    if output is not None and output != "-":
+        try:
+            file = Path(output).open("wb")
+        except OSError as error:
+            raise Invalid(f"--output {output} cannot be written: {error.strerror}") from None
+        with file:
+            yield file.write
+        return
+    if output is not None or sys.stdout is None or not sys.stdout.isatty():
+        yield partial(click.echo, nl=False)
+        return
+    decoder, held = codecs.getincrementaldecoder("utf-8")("replace"), ""
+
+    def write(chunk: bytes) -> None:
+        nonlocal held
+        text, held = split_sequence(held + decoder.decode(chunk))
+        click.echo(plain(text, colours=True), nl=False)
+
+    try:
+        yield write
+    finally:
+        click.echo("\x1b[0m", nl=False)  # the terminal is the user's again

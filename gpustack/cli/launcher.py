@@ -385,19 +385,21 @@ class Launcher:
 
 
 async def _answers(host: str, port: int, worker: Path | None) -> bool:
-    """Whether GET /readyz there is 200 now.
+    """Whether it says there that it is ready now.
 
     Args:
         worker: the data directory whose relay it is, if it is one: relays speak TLS.
     """
     try:
-        tls = None
+        tls, path = None, b"/readyz"
         if worker is not None:
+            path = b"/healthz"
             text = (worker / WORKER_CERTIFICATE_FILE).read_text()
             tls = trust.exactly(trust.certificate_in(text))
         async with asyncio.timeout(2):
             reader, writer = await asyncio.open_connection(host, port, ssl=tls)
-            writer.write(b"GET /readyz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+            head = b"GET %b HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+            writer.write(head % path)
             status = await reader.readline()
             writer.close()
             return b" 200 " in status

@@ -14,6 +14,8 @@ from gpustack.errors import SettingsError
 from gpustack.lib.platform import listen
 
 LOOPBACK = "127.0.0.1"
+#: Every address that this machine has, or gets.
+_ANY = "::" if socket.has_dualstack_ipv6() else "0.0.0.0"
 #: How long a port may be held by a role of an earlier life that is still on its way out.
 PATIENCE_S = 5.0
 #: Sockets by name, and the option that says the port of each.
@@ -78,7 +80,10 @@ class Sockets:
     def reachable(self, name: str) -> tuple[str, int]:
         """The address by which this machine itself reaches the socket."""
         host, port = self.address(name)
-        return {"0.0.0.0": LOOPBACK, "::": "::1"}.get(host, host), port
+        if host == "::":
+            alone = self._open[name].getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY)
+            return ("::1" if alone else LOOPBACK), port
+        return {"0.0.0.0": LOOPBACK}.get(host, host), port
 
     def own(self) -> tuple[str, int]:
         """The address by which this machine itself reaches what is public, without TLS."""
@@ -142,7 +147,7 @@ def _addresses(settings: Settings) -> list[tuple[str, tuple[str, int]]]:
         if not settings.disable_metrics:
             wanted.append(("metrics", (settings.host, settings.metrics_port)))
     if settings.has_worker:
-        wanted.append(("worker", ("0.0.0.0", settings.worker_port)))
+        wanted.append(("worker", (_ANY, settings.worker_port)))
         wanted.append(("agent", (LOOPBACK, 0)))  # any: only the relay needs to know it
         if not settings.disable_worker_metrics:
             wanted.append(("worker-metrics", (settings.host, settings.worker_metrics_port)))

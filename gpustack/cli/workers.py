@@ -8,6 +8,7 @@ from gpustack.cli.connection import Connection, connected
 from gpustack.cli.tables import as_json, show
 from gpustack.cli.words import line
 from gpustack.errors import Invalid
+from gpustack.lib.net import url_host
 from gpustack.lib.units import gib, seconds
 
 if TYPE_CHECKING:
@@ -34,8 +35,8 @@ def list_workers(server: Connection, as_json: bool) -> None:
         ("ID", "NAME", "ADDRESS", "STATE", "SCHEDULING", "CPUS", "RAM", "GPUS", "VERSION", "LABELS",
          "WHY"),
         lambda w: (
-            w.id, w.name, f"{w.ip}:{w.port}", w.state, _scheduling(w), *_facts(w), w.version,
-            _labels(w), "; ".join(filter(None, (w.state_message, w.scheduling_reason))),
+            w.id, w.name, f"{url_host(w.ip)}:{w.port}", w.state, _scheduling(w), *_facts(w),
+            w.version, _labels(w), "; ".join(filter(None, (w.state_message, w.scheduling_reason))),
         ),
         as_json=as_json,
     )  # fmt: skip

@@ -40,6 +40,7 @@ from gpustack.schemas.credentials import (
 )
 from gpustack.schemas.dashboard import Dashboard, ModelUsage, UsageStats
 from gpustack.schemas.devices import GPUDevice
+from gpustack.schemas.engines import Engine, Engines
 from gpustack.schemas.events import Event, EventKind
 from gpustack.schemas.instances import Instance
 from gpustack.schemas.model_files import ModelFile, ModelFileCreate
@@ -127,15 +128,24 @@ class Instances(Collection[Instance], Follows[Instance], Deletes):
         await self._caller.call("POST", f"{self.PATH}/{id}/retry")
 
     async def logs(
-        self, id: int, *, tail: int | None = None, follow: bool = False, previous: bool = False
+        self,
+        id: int,
+        *,
+        tail: int | None = None,
+        follow: bool = False,
+        previous: int = 0,
+        since: str | None = None,
     ) -> AsyncGenerator[bytes, None]:
-        """The end of the engine's log; with `follow` also what is added, without end.
+        """The engine's own output, byte for byte; with `follow` until the instance is gone.
 
         Args:
-            tail: this many lines from the end; None: as many as the server sends unasked.
-            previous: the log of the run before this one.
+            tail: this many lines from the end, -1 for all; None: the last 1000, or all `since`.
+            previous: of the run so many runs before this one.
+            since: a duration such as "10m", or a time (RFC 3339).
         """
-        asked: dict[str, Filter] = {"follow": follow, "previous": previous, "tail": tail}
+        asked: dict[str, Filter] = {
+            "follow": follow, "previous": previous or None, "tail": tail, "since": since
+        }  # fmt: skip
         read_s = None if follow else self._caller.timeout_s
         async with self._caller.stream(f"{self.PATH}/{id}/logs", asked, read_s=read_s) as answer:
             async for chunk in answer.aiter_bytes():
@@ -164,6 +174,10 @@ class Workers(Named[Worker], Follows[Worker], Updates[Worker, WorkerUpdate], Del
     async def uncordon(self, id: int) -> Worker:
         """Let new instances come to it again; a drain ends."""
         return await self._caller.one("POST", f"{self.PATH}/{id}/uncordon", Worker)
+
+    async def engines(self, id: int) -> builtins.list[Engine]:
+        """What runs there now, as the worker's agent says."""
+        return (await self._caller.one("GET", f"{self.PATH}/{id}/engines", Engines)).root
 
 
 class GPUDevices(Listed[GPUDevice]):

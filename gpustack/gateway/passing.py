@@ -152,4 +152,7 @@ def without_private(headers: Headers, prefix: bytes) -> Headers:
 
 def is_endless(query: str) -> bool:
     """Whether the answer goes on until somebody ends it: a watch, or a followed log."""
-    return any(part in ("watch=true", "follow=true") for part in query.lower().split("&"))
+    return any(
+        name in ("watch", "follow") and value in ("true", "1", "yes", "on", "t", "y")
+        for name, _, value in (part.partition("=") for part in query.lower().split("&"))
+    )

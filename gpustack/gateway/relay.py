@@ -23,7 +23,8 @@ from gpustack.forward.listener import Server
 from gpustack.forward.upstream import Address, Failure, Pool
 from gpustack.gateway.life import end, tune_gc
 from gpustack.gateway.passing import Passing, is_endless, without_private
-from gpustack.gateway.probes import PROBE_PATHS, probe
+from gpustack.gateway.probes import probe
+from gpustack.gateway.routes import HEALTH
 from gpustack.gateway.routes import RELAY as ROUTES
 from gpustack.gateway.tls import Certificate
 from gpustack.lib.decode import UNREADABLE
@@ -112,7 +113,7 @@ class Relay:
             except GPUStackError as error:
                 refuse(exchange, error)
                 return IGNORED
-        if exchange.path in PROBE_PATHS and exchange.method in ("GET", "HEAD"):
+        if exchange.path == HEALTH.pattern and exchange.method in ("GET", "HEAD"):
             probe(exchange, None)
             return IGNORED
         exchange.endless = is_endless(exchange.query)

@@ -18,8 +18,9 @@ class Route(NamedTuple):
     public: bool = False
 
 
+HEALTH: Final = Route("GET", "/healthz", public=True)
 PROBES: Final = (
-    Route("GET", "/healthz", public=True),
+    HEALTH,
     Route("GET", "/readyz", public=True),
     Route("GET", "/version", public=True),
 )
@@ -55,4 +56,4 @@ def is_inference(method: str, path: str) -> bool:
 
 
 #: All else goes to the agent, which checks credentials itself.
-RELAY: Final = (*PROBES, Route("*", "/{any} with x-gpustack-instance"))
+RELAY: Final = (HEALTH, Route("*", "/{any} with x-gpustack-instance"))

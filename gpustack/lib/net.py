@@ -72,19 +72,35 @@ def can_bind(host: str, port: int) -> bool:
         return True
 
 
-def address_towards(url: str | None) -> str:
-    """The address of this machine that packets to `url`'s host leave from.
+#: Documentation addresses (RFC 5737, RFC 3849): never a real host, so a default route leads there.
+_ANYWHERE: Final = ("192.0.2.1", "2001:db8::1")
 
-    Sends nothing. Without a URL, or without a route, 127.0.0.1.
+
+def address_towards(url: str | None) -> str:
+    """`route_towards`, or 127.0.0.1."""
+    return route_towards(url) or "127.0.0.1"
+
+
+def route_towards(url: str | None) -> str | None:
+    """The address of this machine that packets to `url`'s host leave from; None: no route.
+
+    Sends nothing, but a name may have to be resolved. Without a URL: to anywhere else, by IPv4 if
+    that leads there.
     """
-    host = (urlsplit(url).hostname if url else None) or "192.0.2.1"  # RFC 5737: never a real host
-    try:
-        info = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
-        with socket.socket(info[0], socket.SOCK_DGRAM) as probe:
-            probe.connect(info[4])
-            return str(probe.getsockname()[0])
-    except OSError:
-        return "127.0.0.1"
+    host = urlsplit(url).hostname if url else None
+    for each in (host,) if host else _ANYWHERE:
+        try:
+            found = socket.getaddrinfo(each, 9, type=socket.SOCK_DGRAM)
+        except OSError:
+            continue
+        for family, kind, _, _, place in found:
+            try:
+                with socket.socket(family, kind) as probe:
+                    probe.connect(place)
+                    return str(probe.getsockname()[0])
+            except OSError:
+                continue  # of a host's addresses, perhaps only those of the other family
+    return None
 
 
 def interface_address(name: str) -> str:

@@ -260,7 +260,7 @@ async def wait_readable(fd: int) -> None:
 
 
 def listen(host: str, port: int, *, backlog: int = 4096) -> socket.socket:
-    """A listening TCP socket with SO_REUSEADDR.
+    """A listening TCP socket with SO_REUSEADDR. At "::" it answers by IPv4 as well.
 
     Raises:
         OSError: the port is taken, or the address is not one of this machine's.
@@ -270,6 +270,8 @@ def listen(host: str, port: int, *, backlog: int = 4096) -> socket.socket:
     try:
         if not WINDOWS:
             opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if host == "::":  # whatever the system does unasked
+            opened.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
         opened.bind((host, port))
         opened.listen(backlog)
         opened.setblocking(False)

@@ -1,5 +1,7 @@
 """The record that an agent keeps on disk of each engine that it runs."""
 
+from pydantic import RootModel
+
 from gpustack.schemas.base import Schema
 
 
@@ -31,3 +33,27 @@ class EngineRecord(Schema):
     boot_id: str
     pid: int | None = None
     start_ticks: int | None = None
+
+
+class Engine(Schema):
+    """An engine as its agent shows it.
+
+    Attributes:
+        phase: of `worker.reconcile.Phase`; a word to read, not to branch on.
+        restart_count: starts after the first.
+        age_s: seconds since its process was started; None: it has none.
+        log_bytes: of its present run's log, without what was cut from it.
+    """
+
+    instance_id: int
+    instance_name: str
+    phase: str
+    pid: int | None = None
+    port: int | None = None
+    restart_count: int = 0
+    age_s: float | None = None
+    log_bytes: int = 0
+
+
+class Engines(RootModel[list[Engine]]):
+    """What runs on a worker, by instance."""

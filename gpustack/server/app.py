@@ -48,6 +48,7 @@ from gpustack.server.api import (
     usage,
     users,
     watch,
+    worker_views,
     workers,
 )
 from gpustack.server.api import settings as start_options
@@ -150,7 +151,7 @@ def create_app(
     for part in (
         probes, auth, oidc, saml, models, instances, workers, api_keys, users, watch, usage,
         log_levels, events, audit, apply, start_options, gpu_devices, dashboard, model_files,
-        join_tokens, groups, access,
+        join_tokens, groups, access, worker_views,
     ):  # fmt: skip
         app.router.routes += part.router.routes
     if openapi_docs:

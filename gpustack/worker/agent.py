@@ -12,7 +12,8 @@ from gpustack.config import load, resources
 from gpustack.config.options import Settings
 from gpustack.lib import role
 from gpustack.lib.locks import take_over
-from gpustack.worker import metrics
+from gpustack.worker import metrics, views
+from gpustack.worker.address import first_address, keep_address
 from gpustack.worker.api import Api
 from gpustack.worker.attempts import Memory
 from gpustack.worker.certificate import OwnCertificate
@@ -83,7 +84,8 @@ async def run(
     """
     name = worker_name(settings)
     certificate = OwnCertificate(settings.data_dir, name)
-    about = registration(settings, server_url, certificate.pem)
+    reached_at = await first_address(settings, server_url)
+    about = registration(settings, reached_at, certificate.pem)
     rhythm = rhythm or Rhythm()
     fingerprint, tls = server_trust(settings, load_membership(settings.data_dir), server_url)
     enrolment = Enrolment(
@@ -106,6 +108,8 @@ async def run(
         logs = keep_logs(settings.log_dir, lambda: control.instances)
         tasks = [group.create_task(control.run()), talking, group.create_task(logs)]
         tasks.append(group.create_task(_keep(certificate, enrolment, every_s=rhythm.look_s)))
+        keeping = keep_address(settings, server_url, enrolment, every_s=rhythm.address_s)
+        tasks.append(group.create_task(keeping))
         answering = _answering(sockets, settings, enrolment, control, detection)
         tasks += [group.create_task(each) for each in answering]
 
@@ -145,10 +149,18 @@ def _answering(
     detection: Detection,
 ) -> Iterator[Coroutine[Any, Any, None]]:
     """What serves the sockets that there are."""
+    records = Records(settings.data_dir)
     if (sock := sockets.get("agent")) is not None:
-        yield Api(log_dir=settings.log_dir, secret=enrolment.secret).serve(sock)
+        api = Api(
+            log_dir=settings.log_dir,
+            secret=enrolment.secret,
+            instances=lambda: control.instances,
+            engines=partial(views.engines, control, records, settings.log_dir),
+            metrics=partial(metrics.gather, control, records, detection),
+        )
+        yield api.serve(sock)
     if (sock := sockets.get("worker-metrics")) is not None:
-        records, force_auth = Records(settings.data_dir), settings.force_auth_localhost
+        force_auth = settings.force_auth_localhost
         yield metrics.serve(sock, control, records, detection, force_auth=force_auth)
 
 

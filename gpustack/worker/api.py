@@ -6,18 +6,20 @@ Everything but `/healthz` asks for the secret that this worker got when it regis
 import asyncio
 import re
 import socket
-from collections.abc import Callable
-from contextlib import aclosing
+from collections.abc import Awaitable, Callable, Set
+from contextlib import aclosing, closing
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import parse_qs
 
 from gpustack.errors import BadRequest, NotFound, Unauthorized
 from gpustack.forward.listener import Exchange, Server, asynchronous
+from gpustack.forward.metrics import Gather, text
 from gpustack.lib import log_level
 from gpustack.lib.secrets import same
-from gpustack.worker.log_reading import followed, log_offset, whole
-from gpustack.worker.supervisor.engine_log import log_path, previous_path
+from gpustack.schemas.engines import Engines
+from gpustack.worker.log_reading import Run, followed, tail, whole
+from gpustack.worker.supervisor.engine_log import log_path, runs_before
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,15 +44,19 @@ class Route:
 
 HEALTH = Route("GET", "/healthz", public=True)
 LOGS = Route("GET", "/v2/logs/{instance_id}")
+ENGINES = Route("GET", "/v2/engines")
+METRICS = Route("GET", "/metrics")
 LEVEL = Route("GET", "/debug/log_level")
 SET_LEVEL = Route("PUT", "/debug/log_level")
 
 #: Every way in: a test elsewhere goes through them.
-ROUTES = (HEALTH, LOGS, LEVEL, SET_LEVEL)
+ROUTES = (HEALTH, LOGS, ENGINES, METRICS, LEVEL, SET_LEVEL)
 
 _COUNT = re.compile(r"[0-9]{1,18}")
+_SECONDS = re.compile(r"[0-9]{1,12}(\.[0-9]{1,6})?")
 #: What a log is sent as (the engine's bytes go as they are), and a level.
 _TEXT = [(b"content-type", b"text/plain; charset=utf-8")]
+_JSON = [(b"content-type", b"application/json")]
 
 
 class Api:
@@ -58,11 +64,25 @@ class Api:
 
     Args:
         secret: what callers must show now; None before this worker has ever registered.
+        instances: those that may still write to their logs.
+        engines: what runs now.
+        metrics: of now.
     """
 
-    def __init__(self, *, log_dir: Path, secret: Callable[[], str | None]) -> None:
+    def __init__(
+        self,
+        *,
+        log_dir: Path,
+        secret: Callable[[], str | None],
+        instances: Callable[[], Set[int]],
+        engines: Callable[[], Awaitable[Engines]],
+        metrics: Gather,
+    ) -> None:
         self._log_dir = log_dir
         self._secret = secret
+        self._instances = instances
+        self._engines = engines
+        self._metrics = metrics
 
     async def serve(self, sock: socket.socket) -> None:
         """Answer until cancelled; then every connection is closed."""
@@ -85,6 +105,12 @@ class Api:
                 exchange.respond(200, body=b"ok\n")
             elif route is LOGS:
                 await self._logs(exchange, numbers["instance_id"])
+            elif route is ENGINES:
+                shown = await self._engines()
+                exchange.respond(200, _JSON, shown.model_dump_json().encode())
+            elif route is METRICS:
+                kind, body = await asyncio.to_thread(text, await self._metrics())
+                exchange.respond(200, [(b"content-type", kind.encode())], body)
             else:
                 await _level(exchange)
             return
@@ -95,29 +121,42 @@ class Api:
         shown = (exchange.header(b"authorization") or b"").decode("latin-1")
         scheme, _, token = shown.partition(" ")
         expected = self._secret()
-        if expected is None or scheme.lower() != "bearer" or not same(token.strip(), expected):
+        if not expected or scheme.lower() != "bearer" or not same(token.strip(), expected):
             raise Unauthorized("the worker's API answers its server only")
 
     async def _logs(self, exchange: Exchange, instance_id: int) -> None:
+        """The engine's bytes as they are, or as many of the last as are asked for."""
         asked = parse_qs(exchange.query)
-        tail, follow = _count(asked, "tail"), _flag(asked, "follow")
+        lines, since_s = _count(asked, "tail"), _seconds(asked, "since")
+        follow, back = _flag(asked, "follow"), _runs_back(asked)
         path = log_path(self._log_dir, instance_id)
-        if _flag(asked, "previous"):
-            path, follow = previous_path(path), False
-        try:
-            file = path.open("rb")
-        except FileNotFoundError:
-            which = "previous log" if "previous" in asked else "log"
-            raise NotFound(f"instance {instance_id} has no {which} on this worker") from None
-        with file:
-            start = await log_offset(file, tail)
-            exchange.endless = follow
+        with closing(_opened(path, instance_id, back)) as run:
+            start = max(
+                run.begins if lines is None else await tail(run, lines),
+                run.begins if since_s is None else run.since(since_s),
+            )
+            exchange.endless = follow = follow and not back
             exchange.start(200, _TEXT)
             exchange.write(b"")
-            reading = followed(path, file, start) if follow else whole(file, start)
+
+            def wanted() -> bool:
+                return instance_id in self._instances()
+
+            reading = followed(path, run, start, wanted) if follow else whole(run, start)
             async with aclosing(reading) as pieces:
                 async for piece in pieces:
                     await exchange.send(piece)
+
+
+def _opened(path: Path, instance_id: int, back: int) -> Run:
+    """The log of the present run, or of the run `back` before it that said anything."""
+    try:
+        return Run(path if not back else runs_before(path)[back - 1])
+    except (FileNotFoundError, IndexError):
+        kept = len(runs_before(path))
+        which = "log" if not back else f"log of {back} runs before" if kept else "previous log"
+        there = f": {kept} earlier are kept" if back and kept else ""
+        raise NotFound(f"instance {instance_id} has no {which} on this worker{there}") from None
 
 
 async def _level(exchange: Exchange) -> None:
@@ -135,6 +174,22 @@ def _count(asked: dict[str, list[str]], name: str) -> int | None:
     if value and not _COUNT.fullmatch(value):
         raise BadRequest(f"{name}: want a whole number of lines, got {value!r}")
     return int(value) if value else None
+
+
+def _seconds(asked: dict[str, list[str]], name: str) -> float | None:
+    value = asked.get(name, [""])[-1]
+    if value and not _SECONDS.fullmatch(value):
+        raise BadRequest(f"{name}: want a number of seconds, got {value!r}")
+    return float(value) if value else None
+
+
+def _runs_back(asked: dict[str, list[str]]) -> int:
+    """How many runs before the present one: 0 for that itself."""
+    value = asked.get("previous", ["0"])[-1].lower()
+    value = {"": "0", "false": "0", "true": "1"}.get(value, value)
+    if not _COUNT.fullmatch(value):
+        raise BadRequest(f"previous: want true, false or a number of runs, got {value!r}")
+    return int(value)
 
 
 def _flag(asked: dict[str, list[str]], name: str) -> bool:

@@ -17,6 +17,7 @@ from gpustack.worker.ports import PortLeases
 from gpustack.worker.reconcile import (
     Attempts,
     Failure,
+    Observed,
     Phase,
     Policy,
     Report,
@@ -84,6 +85,11 @@ class Control:
     def phases(self) -> list[Phase]:
         """Where each engine is now."""
         return [engine.observed.phase for engine in self._engines.values()]
+
+    def observed(self) -> dict[int, tuple[str, Observed]]:
+        """By instance: its name, "" if only its record has it, and how its engine is now."""
+        named = {id: instance.name for id, instance in self._desired.instances.items()}
+        return {id: (named.get(id, ""), one.observed) for id, one in self._engines.items()}
 
     def wake(self) -> None:
         """Something changed: decide anew."""

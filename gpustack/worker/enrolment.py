@@ -16,13 +16,11 @@ from gpustack.errors import (
     Conflict,
     Forbidden,
     GPUStackError,
-    SettingsError,
     Unauthorized,
     Unavailable,
 )
 from gpustack.lib import platform, trust
 from gpustack.lib.backoff import delay_s
-from gpustack.lib.net import address_towards, interface_address
 from gpustack.lib.secrets import new_secret
 from gpustack.lib.units import GIB
 from gpustack.schemas.workers import Registered, Registration
@@ -80,19 +78,15 @@ def server_trust(
     return wanted, trust.of_server(settings.server_ca, wanted)
 
 
-def registration(settings: Settings, server_url: str, certificate: str) -> Registration:
-    """What this machine says of itself. The run id is new at each call: one per agent life.
-
-    Raises:
-        SettingsError: the interface whose address it should say has none.
-    """
+def registration(settings: Settings, address: str, certificate: str) -> Registration:
+    """What this machine says of itself. The run id is new at each call: one per agent life."""
     return Registration(
         name=worker_name(settings),
         hostname=_hostname(),
         machine_id=platform.machine_id(),
         boot_id=platform.boot_id(),
         run_id=new_secret(),
-        ip=_ip(settings, server_url),
+        ip=address,
         port=settings.worker_port,
         version=__version__,
         certificate=certificate,
@@ -107,18 +101,6 @@ def worker_name(settings: Settings) -> str:
 def _hostname() -> str:
     """A name in another encoding than the system's must not keep the machine out."""
     return socket.gethostname().encode(errors="replace").decode()
-
-
-def _ip(settings: Settings, server_url: str) -> str:
-    """Where gateways elsewhere reach this worker."""
-    if settings.advertise_address:
-        return settings.advertise_address
-    if settings.worker_ifname:
-        try:
-            return interface_address(settings.worker_ifname)
-        except ValueError as error:  # it was there when the node started
-            raise SettingsError(f"--worker-ifname: {error}") from None
-    return address_towards(server_url)
 
 
 def changeable(settings: Settings) -> dict[str, Any]:

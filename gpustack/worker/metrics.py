@@ -31,16 +31,21 @@ async def serve(
 ) -> None:
     """Answer at `sock` until cancelled. Host and devices are as the last look saw them."""
 
-    async def gather() -> list[Metric]:
-        states: dict[tuple[str, ...], float] = dict.fromkeys(((phase,) for phase in Phase), 0)
-        for phase in control.phases():
-            states[phase,] += 1
-        by_state = Metric("gpustack_engines", "Engines by state.", ("state",), states)
-        seen = detection.status
-        about = [] if seen is None else machine(seen)
-        return [by_state, *await asyncio.to_thread(_used, list(records.all())), *about]
+    async def gathered() -> list[Metric]:
+        return await gather(control, records, detection)
 
-    await metrics.serve(sock, gather, _admit, force_auth=force_auth)
+    await metrics.serve(sock, gathered, _admit, force_auth=force_auth)
+
+
+async def gather(control: Control, records: Records, detection: Detection) -> list[Metric]:
+    """The metrics of now."""
+    states: dict[tuple[str, ...], float] = dict.fromkeys(((phase,) for phase in Phase), 0)
+    for phase in control.phases():
+        states[phase,] += 1
+    by_state = Metric("gpustack_engines", "Engines by state.", ("state",), states)
+    seen = detection.status
+    about = [] if seen is None else machine(seen)
+    return [by_state, *await asyncio.to_thread(_used, list(records.all())), *about]
 
 
 async def _admit(_: Exchange) -> None:

@@ -25,6 +25,7 @@ class Rhythm:
     Attributes:
         heartbeat_s: the server counts silence in tens of seconds.
         look_s: between two looks at what the worker has; a change is told at once.
+        address_s: the same at its address, without which nobody elsewhere reaches it.
         status_s: between two statuses without a change; with a look it stays below the 30 s
             after which measured use is old.
         again_s: from a credential's refusal to the next attempt to join.
@@ -33,6 +34,7 @@ class Rhythm:
 
     heartbeat_s: float = 10.0
     look_s: float = 10.0
+    address_s: float = 5.0
     status_s: float = 20.0
     again_s: float = 1.0
     refused_s: float = 60.0
@@ -85,19 +87,20 @@ class Session:
     async def _until_refused(self, membership: Membership) -> GPUStackError:
         async with self._enrolment.client(membership.credential) as client:
             try:
-                await in_own_task(self._talk(client, membership.worker_id))
+                await in_own_task(self._talk(client, membership))
             except* (Unauthorized, Forbidden) as refusals:
                 refusal = refusals.exceptions[0]
         return refusal if isinstance(refusal, GPUStackError) else Unauthorized()
 
-    async def _talk(self, client: AgentClient, worker_id: int) -> None:
+    async def _talk(self, client: AgentClient, membership: Membership) -> None:
+        worker_id = membership.worker_id
         async with asyncio.TaskGroup() as group:
             group.create_task(self._watch(client))
             group.create_task(self._control.reports.send(client))
             group.create_task(self._orders.reports.send(client, worker_id))
             group.create_task(self._status(client, worker_id))
             group.create_task(self._heartbeats(client, worker_id))
-            group.create_task(self._announcements(client, worker_id))
+            group.create_task(self._announcements(membership.credential, worker_id))
 
     async def _watch(self, client: AgentClient) -> None:
         async with aclosing(client.follow([wire.INSTANCES, wire.MODEL_FILES])) as events:
@@ -124,16 +127,22 @@ class Session:
             said = why
             await asyncio.sleep(self._rhythm.heartbeat_s)
 
-    async def _announcements(self, client: AgentClient, worker_id: int) -> None:
+    async def _announcements(self, credential: str, worker_id: int) -> None:
+        said = ""
         while True:
             await self._enrolment.news.wait()
             self._enrolment.news.clear()
             try:
-                await client.announce(worker_id, self._enrolment.registration)
+                # With a new address, connections from the old one may lead nowhere.
+                async with self._enrolment.client(credential) as client:
+                    await client.announce(worker_id, self._enrolment.registration)
+                said = ""
             except (Unauthorized, Forbidden):
                 raise
             except GPUStackError as error:
-                logger.warning("the server did not hear our new settings, again soon: %s", error)
+                if str(error) != said:
+                    logger.warning("the server did not hear our news, again soon: %s", error)
+                said = str(error)
                 self._enrolment.news.set()
                 await asyncio.sleep(self._rhythm.again_s)
 

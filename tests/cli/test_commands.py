@@ -114,6 +114,21 @@ def test_an_engines_log_is_printed_by_name_or_id(run: Run, deployed: Path) -> No
     assert "no instance is called nobody" in run("instances", "logs", "nobody", status=1).stderr
 
 
+def test_the_log_of_an_earlier_run_is_kept_in_a_file(
+    run: Run, node: Node, deployed: Path, tmp_path: Path
+) -> None:
+    (instance,) = json.loads(run("instances", "list", "--json").stdout)
+    log, kept = node.log_dir / "serve" / f"{instance['id']}.log", tmp_path / "kept.log"
+    said = b"\x1b[31mold\x1b[0m\n\xff\n" * 1000
+    log.with_name(log.name + ".1").write_bytes(said)
+    run("instances", "logs", instance["model_name"], "-p", "-o", str(kept))
+    assert kept.read_bytes() == said
+    words = ("-ppp", "--since", "20d", "-o", str(kept))
+    refused = run("instances", "logs", instance["name"], *words, status=1).stderr
+    assert "has no log of 3 runs before on this worker: 1 earlier" in refused
+    assert kept.read_bytes() == said
+
+
 def test_a_followed_log_ends_with_ctrl_c_and_status_130(node: Node, deployed: Path) -> None:
 
     words = ["instances", "logs", _instance(node), "-f"]

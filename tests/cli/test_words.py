@@ -5,7 +5,7 @@ import pytest
 from gpustack.cli.tables import aligned
 from gpustack.cli.words import line, typed
 from gpustack.errors import Invalid
-from gpustack.lib.text import plain
+from gpustack.lib.text import plain, split_sequence
 
 
 @pytest.mark.parametrize(
@@ -32,3 +32,14 @@ def test_words_of_another_locale_are_what_was_typed() -> None:
     assert typed(("h\udcc3\udca9", 3, None)) == ("hé", 3, None)
     with pytest.raises(Invalid, match="is not UTF-8"):
         typed("h\udcc3")
+
+
+def test_colours_may_stay_and_are_not_cut_in_two() -> None:
+    said = "\x1b[1;31mred\x1b[0m \x1b[2J\x1b]0;title\x07\x1b[10;5Hhere\x1b[38:5:1m\n"
+    assert plain(said) == "red here\n"
+    assert plain(said, colours=True) == "\x1b[1;31mred\x1b[0m here\x1b[38:5:1m\n"
+    for at in range(len("\x1b[1;31mred\x1b[0m ")):
+        shown, held = split_sequence(said[:at])
+        assert shown + held == said[:at]
+        rest = plain(held + said[at:], colours=True)
+        assert plain(shown, colours=True) + rest == plain(said, colours=True)

@@ -164,7 +164,7 @@ async def test_logs_come_as_they_are_written() -> None:
             assert await anext(pieces) == b"one\n"
             more.set()
             assert await anext(pieces) == b"two\n"
-    assert asked == ["/v2/model-instances/4/logs?follow=true&previous=false&tail=10"]
+    assert asked == ["/v2/model-instances/4/logs?follow=true&tail=10"]
 
 
 def event(type: str, revision: int | None = None, **more: Any) -> dict[str, Any]:

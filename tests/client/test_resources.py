@@ -92,6 +92,16 @@ async def use_instances(client: Client) -> None:
     assert await client.instances.get(instance.id) == instance
     assert [one.id for one in await client.models.instances(model.id)] == [instance.id]
     assert b"".join([piece async for piece in client.instances.logs(instance.id, tail=5)])
+    since = client.instances.logs(instance.id, since="2020-01-01T00:00:00Z", tail=1)
+    assert b"".join([piece async for piece in since]).count(b"\n") <= 1
+    with pytest.raises(NotFound, match="no previous log on this worker"):
+        await anext(client.instances.logs(instance.id, previous=1))
+    (engine,) = await client.workers.engines(instance.worker_id or 0)
+    assert (engine.instance_name, engine.port, engine.phase) == (
+        instance.name, instance.port, "running"
+    )  # fmt: skip
+    assert engine.age_s
+    assert engine.log_bytes
     await client.instances.retry(instance.id)
     await client.instances.delete(instance.id)
     events = await client.events.of(EventKind.INSTANCES, instance.id, sort_by="first_at")

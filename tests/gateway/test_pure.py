@@ -14,6 +14,7 @@ from gpustack.gateway.asked import understand
 from gpustack.gateway.choice import Candidate, choose
 from gpustack.gateway.counts import SLOTS, Counts
 from gpustack.gateway.partial import model_of
+from gpustack.gateway.passing import is_endless
 
 _CANDIDATES = st.lists(
     st.builds(Candidate, st.integers(0, 3), st.booleans(), st.booleans()), max_size=6
@@ -128,3 +129,17 @@ def test_looking_for_a_model_is_quick_whatever_comes() -> None:
         started = time.process_time()
         assert model_of(hostile) is None
         assert time.process_time() - started < 1
+
+
+@pytest.mark.parametrize(
+    ("query", "endless"),
+    [
+        ("follow=true", True), ("tail=5&follow=1", True), ("Watch=TRUE&since=x", True),
+        ("follow=yes", True), ("follow=false", False), ("follow=0", False), ("", False),
+        ("unfollow=true", False), ("tail=1", False), ("follow", False),
+    ],
+)  # fmt: skip
+def test_what_goes_on_until_somebody_ends_it_is_known_by_its_query(
+    query: str, endless: bool
+) -> None:
+    assert is_endless(query) is endless

@@ -186,6 +186,35 @@ async def test_with_the_agent_away_the_relay_says_so_and_is_healthy(tmp_path: Pa
                     assert (await ask(port, route.method, route.pattern)).status == 200
 
 
+async def test_before_anything_is_known_only_health_is_answered(tmp_path: Path) -> None:
+    """No engine was ever started here, and the agent has no secret that would be right."""
+    async with running() as agent, relay(tmp_path / "none", agent.port) as port:
+        assert (await ask(port, "GET", "/healthz")).status == 200
+        assert (await ask(port, "HEAD", "/healthz")).status == 200
+        for shown in ("", "Bearer", "Bearer None", "Basic Og=="):
+            for instance in ("0", "1", "-1", "", "1, 2", "\u0661"):
+                said = {"X-GPUStack-Instance": instance, "Authorization": shown}
+                assert (await ask(port, "GET", "/healthz", said)).status == 401
+        assert not agent.seen
+        for path in ("/readyz", "/version", "/healthz/", "/HEALTHZ", "//healthz", "/metrics"):
+            assert (await ask(port, "GET", path)).status == 200  # of this agent, which asks nobody
+        assert len(agent.seen) == 6
+
+
+async def test_of_two_instances_that_are_named_the_first_counts(tmp_path: Path) -> None:
+    async with running() as one, running() as two, relay(tmp_path, 1) as port:
+        write_record(tmp_path, 5, one.port, "s5")
+        write_record(tmp_path, 6, two.port, "s6")
+        head = (
+            b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n"
+            b"X-GPUStack-Instance: 6\r\nX-GPUStack-Instance: 5\r\n"
+            b"Authorization: Bearer s5\r\nAuthorization: Bearer s6\r\nConnection: close\r\n\r\n"
+        )
+        assert b" 401 " in (await raw(port, head)).split(b"\r\n")[0]
+        assert not one.seen
+        assert not two.seen
+
+
 async def test_a_client_that_leaves_closes_the_engines_connection(tmp_path: Path) -> None:
     async with running(streaming(10_000, 0.01)) as engine, relay(tmp_path, 1) as port:
         write_record(tmp_path, 5, engine.port, "s5")

@@ -55,7 +55,9 @@ SHARES = [
 #: The one server error that is right: no agent answers on the worker of these tests.
 NO_AGENT = """
 [[operations]]
-include-operation-id = ["read_instance_logs", "get_worker_log_level", "set_worker_log_level"]
+include-operation-id = [
+  "read_instance_logs", "list_worker_engines", "get_worker_log_level", "set_worker_log_level",
+]
 checks.not_a_server_error.expected-statuses = ["2xx", "4xx", 503]
 """
 ONLY_401 = """

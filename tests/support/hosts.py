@@ -14,6 +14,7 @@ from tests.support.ports import PROCESS
 
 #: Each of the processes that run tests at the same time has names and a network of its own.
 NETWORK = f"10.{90 + PROCESS}.0"
+NETWORK_V6 = f"fd00:{90 + PROCESS}"
 BRIDGE = f"gpubr{PROCESS}"
 
 
@@ -28,6 +29,10 @@ class Host:
     @property
     def command(self) -> list[str]:
         return ["ip", "netns", "exec", self.name]
+
+    def ip(self, *words: str) -> None:
+        """Run iproute2's `ip` on it."""
+        _ip("-n", self.name, *words)
 
     def cut(self) -> None:
         """Take its cable out."""
@@ -47,16 +52,23 @@ def lacking() -> str | None:
 
 
 @contextlib.contextmanager
-def hosts(count: int) -> Iterator[list[Host]]:
-    """`count` hosts that reach each other and this machine; gone afterwards."""
+def hosts(count: int, *, v6: bool = False) -> Iterator[list[Host]]:
+    """`count` hosts that reach each other and this machine; gone afterwards.
+
+    Args:
+        v6: they have IPv6 addresses alone.
+    """
+    start, mask = (f"{NETWORK_V6}::", "/64") if v6 else (f"{NETWORK}.", "/24")
+    # Without duplicate address detection, which would take a second before each can be used.
+    more = ("nodad",) if v6 else ()
     made = [
-        Host(f"gpuhost{PROCESS}{number}", f"{NETWORK}.{number}", f"gpuveth{PROCESS}{number}")
+        Host(f"gpuhost{PROCESS}{number}", f"{start}{number}", f"gpuveth{PROCESS}{number}")
         for number in range(1, count + 1)
     ]
     _remove(made)
     try:
         _ip("link", "add", BRIDGE, "type", "bridge")
-        _ip("addr", "add", f"{NETWORK}.254/24", "dev", BRIDGE)
+        _ip("addr", "add", f"{start}254{mask}", "dev", BRIDGE, *more)
         _ip("link", "set", BRIDGE, "up")
         for host in made:
             _ip("netns", "add", host.name)
@@ -65,9 +77,9 @@ def hosts(count: int) -> Iterator[list[Host]]:
                 *("peer", "name", "eth0", "netns", host.name),
             )
             _ip("link", "set", host.link, "master", BRIDGE, "up")
-            _ip("-n", host.name, "addr", "add", f"{host.address}/24", "dev", "eth0")
-            _ip("-n", host.name, "link", "set", "eth0", "up")
-            _ip("-n", host.name, "link", "set", "lo", "up")
+            host.ip("addr", "add", f"{host.address}{mask}", "dev", "eth0", *more)
+            host.ip("link", "set", "eth0", "up")
+            host.ip("link", "set", "lo", "up")
         yield made
     finally:
         _remove(made)

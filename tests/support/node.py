@@ -12,6 +12,7 @@ from typing import Any
 
 import httpx
 
+from gpustack.lib.net import url_host
 from gpustack.lib.platform import live_pids, process_environment
 from tests.support.hosts import Host
 from tests.support.ports import free_ports
@@ -76,7 +77,7 @@ class Node:
     @property
     def url(self) -> str:
         address = self.host.address if self.host else "127.0.0.1"
-        return f"http://{address}:{self.port}"
+        return f"http://{url_host(address)}:{self.port}"
 
     def start(self, *, wait: bool = True) -> "Node":
         with self.log.open("ab") as log:

@@ -3,6 +3,7 @@ import logging
 import os
 import resource
 import socket
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -11,6 +12,9 @@ import httpx
 import pytest
 
 from gpustack.errors import NotFound, Unauthorized
+from gpustack.forward.metrics import Metric
+from gpustack.schemas.engines import Engine, Engines
+from gpustack.worker import log_times
 from gpustack.worker.api import ROUTES, Api
 from gpustack.worker.supervisor.engine_log import log_path, start_log
 
@@ -30,9 +34,24 @@ async def served(log_dir: Path, secret: str | None) -> AsyncIterator[str]:
     sock = socket.create_server(("127.0.0.1", 0))
     port = sock.getsockname()[1]
     async with asyncio.TaskGroup() as group:
-        task = group.create_task(Api(log_dir=log_dir, secret=lambda: secret).serve(sock))
+        api = Api(
+            log_dir=log_dir,
+            secret=lambda: secret,
+            instances=lambda: {7},
+            engines=engines,
+            metrics=some_metrics,
+        )
+        task = group.create_task(api.serve(sock))
         yield f"http://127.0.0.1:{port}"
         task.cancel()
+
+
+async def engines() -> Engines:
+    return Engines([Engine(instance_id=7, instance_name="m-abcde", phase="running", pid=9)])
+
+
+async def some_metrics() -> list[Metric]:
+    return [Metric("gpustack_engines", "Engines by state.", ("state",), {("running",): 1})]
 
 
 def write(log_dir: Path, text: str, *, instance_id: int = 7) -> Path:
@@ -48,18 +67,23 @@ async def test_without_the_workers_secret_only_health_is_answered(tmp_path: Path
     write(tmp_path, "line\n")
     async with served(tmp_path, SECRET) as url, httpx.AsyncClient(trust_env=False) as client:
         assert (await client.get(f"{url}/healthz")).status_code == 200
-        for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": SECRET}):
-            for path in ("/v2/logs/7", "/v2/logs/8", "/debug/log_level", "/anything", "/healthz/"):
+        bearer = {"Authorization": "Bearer wrong"}
+        for headers in ({}, bearer, {"Authorization": SECRET}, {"Authorization": "Bearer"}):
+            for path in (
+                "/v2/logs/7", "/v2/logs/8", "/v2/engines", "/metrics", "/debug/log_level",
+                "/anything", "/healthz/",
+            ):  # fmt: skip
                 answer = await client.get(f"{url}{path}", headers=headers)
                 assert (answer.status_code, answer.json()["code"]) == (401, Unauthorized.code)
         assert (await client.post(f"{url}/healthz")).status_code == 401
 
 
 async def test_before_this_worker_registered_no_secret_is_right(tmp_path: Path) -> None:
-    async with served(tmp_path, None) as url, httpx.AsyncClient(trust_env=False) as client:
-        for token in ("x", "None", "null"):
-            headers = {"Authorization": f"Bearer {token}"}
-            assert (await client.get(f"{url}/v2/logs/7", headers=headers)).status_code == 401
+    for secret in (None, ""):
+        async with served(tmp_path, secret) as url, httpx.AsyncClient(trust_env=False) as client:
+            for token in ("x", "None", "null", ""):
+                headers = {"Authorization": f"Bearer {token}".strip()}
+                assert (await client.get(f"{url}/v2/logs/7", headers=headers)).status_code == 401
 
 
 def test_only_health_is_public() -> None:
@@ -114,6 +138,14 @@ async def test_what_there_is_not_and_what_makes_no_sense_is_said(
     assert (await client.delete("/v2/logs/7")).status_code == 404
 
 
+async def test_what_runs_here_and_its_metrics_are_told(client: httpx.AsyncClient) -> None:
+    (engine,) = (await client.get("/v2/engines")).json()
+    assert (engine["instance_name"], engine["pid"], engine["age_s"]) == ("m-abcde", 9, None)
+    answer = await client.get("/metrics")
+    assert 'gpustack_engines{state="running"} 1.0' in answer.text.splitlines()
+    assert answer.headers["content-type"].startswith("text/plain")
+
+
 async def test_the_agents_log_level_is_read_and_changed_by_name(client: httpx.AsyncClient) -> None:
     before = logging.getLogger().level
     try:
@@ -133,6 +165,90 @@ async def test_the_previous_run_has_its_own_log(client: httpx.AsyncClient, tmp_p
     write(tmp_path, "second run\n")
     assert (await client.get("/v2/logs/7?previous=true")).text == "first run\n"
     assert (await client.get("/v2/logs/7")).text == "second run\n"
+
+
+async def test_runs_before_are_counted_back_from_the_present_one(
+    client: httpx.AsyncClient, tmp_path: Path
+) -> None:
+    for run in ("one", "two", "three", "four"):
+        os.close(start_log(log_path(tmp_path, 7)))
+        write(tmp_path, run)
+    for previous, text in (
+        ("false", "four"),
+        ("0", "four"),
+        ("true", "three"),
+        ("1", "three"),
+        ("2&follow=true", "two"),  # it is over: there is nothing to wait for
+        ("3&tail=1", "one"),
+    ):
+        assert (await client.get(f"/v2/logs/7?previous={previous}")).text == text
+    answer = await client.get("/v2/logs/7?previous=4")
+    assert answer.status_code == 404
+    assert "has no log of 4 runs before on this worker: 3 earlier" in answer.json()["message"]
+
+
+async def test_a_log_is_sent_since_a_time(client: httpx.AsyncClient, tmp_path: Path) -> None:
+    path = write(tmp_path, "an hour ago\nstill")
+    hour = path.stat().st_size
+    write(tmp_path, " then\nhalf an hour ago\n")
+    now = time.time()
+    assert (await client.get("/v2/logs/7?since=60")).text == path.read_text()  # nobody knows better
+    log_times.note(path, now - 3600, hour)
+    log_times.note(path, now - 1800, path.stat().st_size)
+    for query, text in (
+        ("since=60", ""),
+        ("since=1799.5", ""),
+        ("since=3599", "still then\nhalf an hour ago\n"),  # lines are sent whole
+        ("since=3599&tail=1", "half an hour ago\n"),
+        ("since=7200", path.read_text()),
+        ("since=7200&tail=1", "half an hour ago\n"),
+    ):
+        assert (await client.get(f"/v2/logs/7?{query}")).text == text, query
+    for bad in ("an+hour", "-1", "1e3", "9" * 13):
+        assert (await client.get(f"/v2/logs/7?since={bad}")).status_code == 400
+
+
+async def test_bytes_are_sent_as_the_engine_wrote_them(
+    client: httpx.AsyncClient, tmp_path: Path
+) -> None:
+    said = b"\x1b[31mred\x1b[0m\r50%\r99%\n\xff\xfe\x00\xe4\xb8\n\x1b]0;title\x07" + b"x" * (
+        1 << 20
+    )
+    log_path(tmp_path, 7).parent.mkdir()
+    log_path(tmp_path, 7).write_bytes(said)
+    assert (await client.get("/v2/logs/7")).content == said
+
+
+async def test_a_follower_that_is_far_behind_gets_every_run(
+    client: httpx.AsyncClient, tmp_path: Path
+) -> None:
+    said = []
+    async with asyncio.timeout(10), client.stream("GET", "/v2/logs/7?follow=true") as answer:
+        assert answer.status_code == 404
+    path = log_path(tmp_path, 7)
+    for run in range(3):
+        os.close(start_log(path))
+        said.append(f"run {run} " + "x" * (1 << 20) + "\n")
+        write(tmp_path, said[-1])
+    async with asyncio.timeout(10), client.stream("GET", "/v2/logs/7?follow=true") as answer:
+        got = bytearray()
+        async for piece in answer.aiter_raw():
+            got += piece
+            if len(said) < 6:  # it reads run 2 while three more come and go
+                os.close(start_log(path))
+                said.append(f"run {len(said)} " + "x" * (1 << 20) + "\n")
+                write(tmp_path, said[-1])
+            if len(got) == sum(map(len, said[2:])):
+                break
+    assert got.decode() == "".join(said[2:])
+
+
+async def test_following_ends_with_the_instance(tmp_path: Path) -> None:
+    write(tmp_path, "last words\n", instance_id=8)
+    async with served(tmp_path, SECRET) as url, httpx.AsyncClient(trust_env=False) as client:
+        headers = {"Authorization": f"Bearer {SECRET}"}
+        answer = await client.get(f"{url}/v2/logs/8?follow=true", headers=headers, timeout=5)
+        assert answer.text == "last words\n"
 
 
 async def test_a_followed_log_goes_on_through_new_runs_and_cuts(

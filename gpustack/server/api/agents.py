@@ -4,7 +4,8 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
-from gpustack.errors import NotFound, Unavailable
+from gpustack.client.failures import error_of
+from gpustack.errors import BadRequest, NotFound, Unavailable
 from gpustack.lib import trust
 from gpustack.lib.net import url_host
 from gpustack.server.db.tables import Worker
@@ -31,7 +32,7 @@ async def asked(
         read_s: how long the worker may be silent; None: for ever.
 
     Raises:
-        NotFound: the worker has no such thing.
+        NotFound, BadRequest: so the worker says.
         Unavailable: it cannot be reached, or does not answer as it should.
     """
     import httpx  # rarely needed, and it would make every start slower
@@ -47,13 +48,15 @@ async def asked(
             client.stream(method, url, params=query, content=body, headers=headers) as answer,
         ):
             if answer.status_code != httpx.codes.OK:
-                text = (await answer.aread()).decode(errors="replace")[:200]
-                if answer.status_code == httpx.codes.NOT_FOUND:
-                    raise NotFound(f"worker {worker.name}: {text}")
-                raise Unavailable(f"worker {worker.name} answered {answer.status_code}: {text}")
+                said = error_of(answer.status_code, await answer.aread())
+                if isinstance(said, NotFound | BadRequest):
+                    raise type(said)(f"worker {worker.name}: {said}")
+                raise Unavailable(f"worker {worker.name} answered {answer.status_code}: {said}")
             yield answer
     except httpx.HTTPError as error:
-        why = str(error) or type(error).__name__  # time-outs carry no text
+        why = str(error) or type(error).__name__
+        if isinstance(error, httpx.TimeoutException):  # these carry no text
+            why = f"it does not answer within {CONNECT_TIMEOUT_S:g} s"
         if trust.tls_error(error) is not None:
             why = "it does not show the certificate with which it registered"
         raise Unavailable(f"worker {worker.name} cannot be reached: {why}") from None

@@ -1,31 +1,24 @@
 """/v2/model-instances: the copies of models, and what their workers say of them."""
 
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fastapi import APIRouter, Response
-from fastapi.responses import StreamingResponse
 
-from gpustack.errors import BadRequest, Conflict, Forbidden, NotFound, Unavailable, raises
+from gpustack.errors import BadRequest, Conflict, Forbidden, raises
 from gpustack.schemas import wire
 from gpustack.schemas.base import Page
 from gpustack.schemas.instances import Instance, InstanceState, InstanceStatus, can_move
-from gpustack.server.api.agents import asked
 from gpustack.server.api.context import Changes, Db, Id
 from gpustack.server.api.lists import Asked, IdFilter, WatchQuery, listed
 from gpustack.server.api.repeated import Repeated
 from gpustack.server.api.streams import WATCHED
 from gpustack.server.auth.principals import Admin, Watcher, WorkerAgent
 from gpustack.server.db import tables
-from gpustack.server.db.database import Database, get, touch
+from gpustack.server.db.database import get, touch
 from gpustack.server.db.instances import begin_end, remove
 from gpustack.server.db.states import instance_state
 from gpustack.server.db.workers import is_found
 from gpustack.server.views import ADMIN, load_ids
-
-if TYPE_CHECKING:
-    import httpx
 
 router = APIRouter(prefix="/v2/model-instances", tags=["model-instances"], route_class=Repeated)
 
@@ -109,37 +102,3 @@ async def report_instance(
                 if getattr(row, name) != value:
                     setattr(row, name, value)
     return Response(status_code=204)
-
-
-@router.get(
-    "/{instance_id}/logs",
-    response_class=StreamingResponse,
-    responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
-)
-@raises(Unavailable)
-async def read_instance_logs(
-    db: Db, admin: Admin, instance_id: Id, tail: int = 1000, follow: bool = False,
-    previous: bool = False,
-) -> StreamingResponse:  # fmt: skip
-    """The engine's own output, from its worker; streamed, never held here."""
-    worker = await _worker_of(db, instance_id)
-    query = {"tail": str(tail), "follow": str(follow).lower(), "previous": str(previous).lower()}
-    stack = AsyncExitStack()
-    # A followed log may be silent for hours.
-    asking = asked(worker, "GET", f"/v2/logs/{instance_id}", query=query, read_s=None)
-    answer = await stack.enter_async_context(asking)
-    return StreamingResponse(_bytes(stack, answer), media_type="text/plain; charset=utf-8")
-
-
-async def _bytes(stack: AsyncExitStack, answer: "httpx.Response") -> AsyncIterator[bytes]:
-    async with stack:
-        async for chunk in answer.aiter_raw():
-            yield chunk
-
-
-async def _worker_of(db: Database, instance_id: int) -> tables.Worker:
-    async with db.read() as session:
-        row = await get(session, tables.Instance, instance_id)
-        if row.worker_id is None:
-            raise NotFound(f"instance {row.name} has no log yet: it is not on a worker")
-        return await get(session, tables.Worker, row.worker_id)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
+from gpustack.lib.net import url_host
 from gpustack.lib.units import gib
 from gpustack.schemas import wire
 from gpustack.schemas.events import EventType
@@ -128,13 +129,13 @@ def _worker(diff: Diff, around: Around) -> Iterator[Happening]:
     row: Worker = diff.row
     about = _about(wire.WORKERS, row)
     if diff.made:
-        yield about(EventType.REGISTERED, f"at {row.ip}:{row.port}")
+        yield about(EventType.REGISTERED, f"at {url_host(row.ip)}:{row.port}")
         return
     if diff.gone:
         yield about(EventType.GONE)
         return
     if diff.changed("agent_secret"):
-        yield about(EventType.REGISTERED, f"again, at {row.ip}:{row.port}")
+        yield about(EventType.REGISTERED, f"again, at {url_host(row.ip)}:{row.port}")
     elif diff.changed("run_id"):
         what = "its machine" if diff.changed("boot_id") else "its agent"
         yield about(EventType.RESTARTED, f"{what} was started again")

@@ -1,6 +1,13 @@
-"""An engine's log: a file that the engine itself writes, so that it outlives its agent."""
+"""An engine's log: a file that the engine itself writes, so that it outlives its agent.
+
+`<id>.log` is the present run's, `<id>.log.<n>` that of an earlier run: the higher n, the newer.
+Beside each may lie `….cut`, what was cut from its beginning when it became too long, and
+`….times`, when it was how long. Whoever changes these files does so on the agent's event loop and
+without awaiting in between, so that its readers there see all of a change or nothing.
+"""
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 from gpustack.lib.text import plain
@@ -19,20 +26,50 @@ def log_path(log_dir: Path, instance_id: int) -> Path:
     return serve_dir(log_dir) / f"{instance_id}.log"
 
 
-def previous_path(path: Path) -> Path:
-    """Where the log of the run before lies."""
-    return path.with_name(path.name + ".1")
+def cut_path(path: Path) -> Path:
+    """Where what was cut from a log lies: its last bytes before the log's first."""
+    return path.with_name(path.name + ".cut")
+
+
+def times_path(path: Path) -> Path:
+    """Where it is noted when a log was how long."""
+    return path.with_name(path.name + ".times")
+
+
+def runs_before(path: Path) -> list[Path]:
+    """The logs of the runs before that of `path`, the newest first."""
+    names: list[str] = []
+    with suppress(FileNotFoundError):
+        names = os.listdir(path.parent)
+    start = path.name + "."
+    ends = [name[len(start) :] for name in names if name.startswith(start)]
+    numbers = sorted((int(end) for end in ends if end.isdecimal()), reverse=True)
+    return [path.with_name(f"{path.name}.{number}") for number in numbers]
 
 
 def start_log(path: Path) -> int:
-    """A descriptor for a new run's log; the log of the run before moves aside.
+    """A descriptor for a new run's log; the log of the run before, if it said anything, stays.
 
     Opened for append, so that who truncates it later finds no hole of zeros in it.
     """
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if path.exists():
-        path.replace(previous_path(path))
+    _set_aside(path)
     return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+
+
+def _set_aside(path: Path) -> None:
+    older = [cut_path(path), times_path(path)]
+    with suppress(FileNotFoundError):
+        if path.stat().st_size or older[0].exists():
+            last = next(iter(runs_before(path)), None)
+            number = 1 + (int(last.suffix[1:]) if last else 0)
+            before = path.with_name(f"{path.name}.{number}")
+            for old, new in zip(older, (cut_path(before), times_path(before)), strict=True):
+                with suppress(FileNotFoundError):
+                    old.replace(new)
+            path.replace(before)
+    for old in older:  # of a log that somebody removed, or that says nothing
+        old.unlink(missing_ok=True)
 
 
 def last_words(path: Path, *, secret: str = "") -> str:

@@ -1,19 +1,44 @@
 import os
 from pathlib import Path
 
-from gpustack.worker.supervisor.engine_log import last_words, log_path, previous_path, start_log
+from gpustack.worker.supervisor.engine_log import (
+    cut_path,
+    last_words,
+    log_path,
+    runs_before,
+    start_log,
+    times_path,
+)
 
 
-def test_a_new_run_keeps_the_log_of_the_run_before_and_no_older_one(tmp_path: Path) -> None:
+def test_a_new_run_keeps_the_logs_of_the_runs_before(tmp_path: Path) -> None:
     path = log_path(tmp_path, 3)
-    for run in ("one", "two", "three"):
+    for run in range(12):
         fd = start_log(path)
-        os.write(fd, run.encode())
+        os.write(fd, str(run).encode())
         os.close(fd)
-    assert path.read_text() == "three"
-    assert previous_path(path).read_text() == "two"
-    assert len(list(path.parent.iterdir())) == 2
+        cut_path(path).write_text(f"cut {run}")
+        times_path(path).write_text(f"{run} {run}")
+    assert path.read_text() == "11"
+    before = runs_before(path)
+    assert [run.read_text() for run in before] == [str(run) for run in reversed(range(11))]
+    assert cut_path(before[0]).read_text() == "cut 10"
+    assert times_path(before[-1]).read_text() == "0 0"
+    assert runs_before(log_path(tmp_path, 4)) == []
     assert path.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_run_that_said_nothing_leaves_no_log(tmp_path: Path) -> None:
+    path = log_path(tmp_path, 3)
+    for said in (b"one", b"", b"", b"two"):
+        fd = start_log(path)
+        os.write(fd, said)
+        os.close(fd)
+    assert [run.read_bytes() for run in runs_before(path)] == [b"one"]
+    path.unlink()
+    cut_path(path).touch()
+    os.close(start_log(path))
+    assert not cut_path(path).exists()  # it was another's
 
 
 def test_who_cuts_a_log_finds_no_hole_in_what_comes_after(tmp_path: Path) -> None:
