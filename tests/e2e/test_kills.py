@@ -1,0 +1,215 @@
+"""kill -9 of whatever a cluster of three hosts consists of: it comes to rest, whole.
+
+`GPUSTACK_TEST_SEED` and `GPUSTACK_TEST_KILLS` make a run of their own.
+"""
+
+import logging
+import os
+import random
+import signal
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+import httpx
+import pytest
+
+from tests.support import fake_engine
+from tests.support.cluster import Cluster, Process
+from tests.support.hosts import hosts, lacking
+from tests.support.inspection import descriptors, grown, problems
+from tests.support.node import Node
+
+logger = logging.getLogger(__name__)
+
+KILLS = [
+    pytest.param(25, marks=[pytest.mark.slow, pytest.mark.timeout(600)]),
+    pytest.param(500, marks=[pytest.mark.soak, pytest.mark.timeout(7200)]),
+]
+KINDS: Final = ("agent", "relay", "engine", "child", "launcher", "gateway", "server")
+#: Model -> instances, what the fake engine is told, and where they have to be.
+MODELS: Final[dict[str, tuple[int, str, dict[str, str]]]] = {
+    "plain": (3, "", {}),
+    "with-child": (3, "child", {}),
+    "apart": (2, "child-apart", {}),
+    "slow-start": (2, "delay=0.5", {}),
+    "stubborn": (1, "stubborn", {}),
+    "there": (2, "child", {"place": "host3"}),
+}
+#: Ports for engines on each host.
+PORTS: Final = 10
+REST_S: Final = 120.0
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> Iterator[Cluster]:
+    """Three hosts with every model running."""
+    if why := lacking():
+        pytest.skip(why)
+    with hosts(3) as places:
+        made = Cluster(tmp_path, places, ports=PORTS)
+        try:
+            made.start()
+            for name, (replicas, fake, selector) in MODELS.items():
+                deploy(made, name, replicas, fake, selector)
+            yield made
+        finally:
+            made.end()
+
+
+def deploy(
+    cluster: Cluster,
+    name: str,
+    replicas: int,
+    fake: str = "",
+    selector: dict[str, str] | None = None,
+) -> None:
+    spec = fake_engine.spec(cluster.server.data_dir, fake, worker_selector=selector or {})
+    body = {"name": name, "replicas": replicas, "placement_strategy": "spread"}
+    cluster.post("/v2/models", body | spec.model_dump(mode="json", exclude_unset=True))
+
+
+class Killer:
+    """Chooses whom to kill, and does it.
+
+    Attributes:
+        killed: how many of each kind.
+        said: every step, for who reads of a failure.
+    """
+
+    def __init__(self, cluster: Cluster, seed: int) -> None:
+        self._cluster = cluster
+        self._rng = random.Random(seed)
+        self._began = time.monotonic()
+        self.killed = Counter[str]()
+        self.said: list[str] = []
+
+    def step(self, wanted: dict[str, int]) -> None:
+        """One or two kills, at once or one right after the other, and a pause."""
+        rng = self._rng
+        kind = rng.choice(KINDS)
+        victim = self._kill(kind)
+        if rng.random() < 0.2:
+            self._kill(rng.choice(KINDS))
+        elif victim is not None and rng.random() < 0.2:
+            pause_s = rng.uniform(0, 0.7)
+            if self._cluster.until(lambda: self._another(victim) is not None, 5):
+                self._cluster.wait(pause_s)
+                self._kill(kind, home=victim.home)
+        if rng.random() < 0.05:
+            self._restart(rng.choice(self._cluster.nodes))
+        if rng.random() < 0.08:
+            self._say("waits for rest")
+            assert self._cluster.until(lambda: not problems(self._cluster, wanted), REST_S), (
+                problems(self._cluster, wanted)
+            )
+        else:
+            self._cluster.wait(rng.uniform(0, 1.5))
+
+    def _another(self, victim: Process) -> Process | None:
+        """One of the same kind on the same node that started later."""
+        found = self._of(victim.kind, victim.home)
+        return next((one for one in found if one.ticks > victim.ticks), None)
+
+    def _of(self, kind: str, home: str = "") -> list[Process]:
+        found = [one for one in self._cluster.processes() if one.kind == kind]
+        return sorted(
+            (one for one in found if home in ("", one.home)), key=lambda one: (one.home, one.ticks)
+        )
+
+    def _kill(self, kind: str, home: str = "") -> Process | None:
+        there = self._of(kind, home)
+        chosen = self._rng.random()  # also where nobody is there: the same seed, the same steps
+        if not there:
+            self._say(f"no {kind} to kill")
+            return None
+        victim = there[int(chosen * len(there))]
+        if victim.kill():
+            self.killed[kind] += 1
+            self._say(f"kills {kind} {victim.pid} of {Path(victim.home).name}")
+        return victim
+
+    def _restart(self, node: Node) -> None:
+        """`gpustack restart` is this signal and a look whether it was obeyed."""
+        assert node.process is not None
+        if node.said().get("pid") == node.process.pid and node.process.poll() is None:
+            self._say(f"restarts {node.data_dir.name}")
+            node.process.send_signal(signal.SIGUSR2)
+
+    def _say(self, sentence: str) -> None:
+        self.said.append(f"{time.monotonic() - self._began:7.2f} {sentence}")
+
+
+@pytest.mark.parametrize("kills", KILLS)
+def test_a_cluster_whose_processes_are_killed_comes_to_rest_whole(
+    cluster: Cluster, kills: int
+) -> None:
+    seed = int(os.environ.get("GPUSTACK_TEST_SEED", "") or random.randrange(10**6))
+    kills = int(os.environ.get("GPUSTACK_TEST_KILLS", "") or kills)
+    logger.warning("GPUSTACK_TEST_SEED=%d", seed)
+    wanted = {name: replicas for name, (replicas, *_) in MODELS.items()}
+    killer = Killer(cluster, seed)
+    try:
+        rest(cluster, wanted)
+        before = descriptors(cluster)
+        while killer.killed.total() < kills:
+            killer.step(wanted)
+        began = time.monotonic()
+        rest(cluster, wanted)
+        logger.warning("%s; at rest after %.1f s", killer.killed, time.monotonic() - began)
+        assert grown(before, descriptors(cluster)) == []
+        serves(cluster)
+        fills(cluster, wanted)
+    except (AssertionError, httpx.HTTPError) as error:
+        steps = "\n".join(killer.said[-60:])
+        raise AssertionError(f"seed {seed}: {error}\n{steps}\n{logs(cluster)}") from error
+
+
+def rest(cluster: Cluster, wanted: dict[str, int]) -> None:
+    """Return once nothing is wrong."""
+    found: list[str] = []
+
+    def is_well() -> bool:
+        found[:] = problems(cluster, wanted)
+        return not found
+
+    assert cluster.until(is_well, REST_S), "\n".join(found)
+
+
+def serves(cluster: Cluster) -> None:
+    """Every engine answers through the gateway."""
+    for name in MODELS:
+        pids = {
+            one["pid"] for one in cluster.get("/v2/model-instances") if one["model_name"] == name
+        }
+        answered: set[int] = set()
+
+        def all_have(
+            name: str = name, pids: set[int] = pids, answered: set[int] = answered
+        ) -> bool:
+            answered.add(cluster.chat(name, "who is there"))
+            return answered >= pids
+
+        assert cluster.until(all_have, 20), f"{name}: {answered} answered, running are {pids}"
+
+
+def fills(cluster: Cluster, wanted: dict[str, int]) -> None:
+    """As many engines as there are ports can run: no port is leased to nobody."""
+    instances = Counter(
+        one["worker_name"] for one in cluster.get("/v2/model-instances") if one["worker_name"]
+    )
+    more = {name: PORTS - count for name, count in instances.items()}
+    for name, count in more.items():
+        deploy(cluster, f"fill-{name}", count, selector={"place": name})
+    rest(cluster, wanted | {f"fill-{name}": count for name, count in more.items()})
+
+
+def logs(cluster: Cluster) -> str:
+    """What the nodes have complained of lately."""
+    said = []
+    for node in cluster.nodes:
+        lines = node.log.read_text(errors="replace").splitlines()
+        said += [f"--- {node.data_dir.name}", *lines[-60:]]
+    return "\n".join(said)
