@@ -16,7 +16,6 @@ from typing import Final
 import httpx
 import pytest
 
-from tests.support import fake_engine
 from tests.support.cluster import Cluster, Process
 from tests.support.hosts import hosts, lacking
 from tests.support.inspection import descriptors, grown, problems
@@ -53,22 +52,10 @@ def cluster(tmp_path: Path) -> Iterator[Cluster]:
         try:
             made.start()
             for name, (replicas, fake, selector) in MODELS.items():
-                deploy(made, name, replicas, fake, selector)
+                made.deploy(name, replicas, fake, selector)
             yield made
         finally:
             made.end()
-
-
-def deploy(
-    cluster: Cluster,
-    name: str,
-    replicas: int,
-    fake: str = "",
-    selector: dict[str, str] | None = None,
-) -> None:
-    spec = fake_engine.spec(cluster.server.data_dir, fake, worker_selector=selector or {})
-    body = {"name": name, "replicas": replicas, "placement_strategy": "spread"}
-    cluster.post("/v2/models", body | spec.model_dump(mode="json", exclude_unset=True))
 
 
 class Killer:
@@ -202,7 +189,7 @@ def fills(cluster: Cluster, wanted: dict[str, int]) -> None:
     )
     more = {name: PORTS - count for name, count in instances.items()}
     for name, count in more.items():
-        deploy(cluster, f"fill-{name}", count, selector={"place": name})
+        cluster.deploy(f"fill-{name}", count, selector={"place": name})
     rest(cluster, wanted | {f"fill-{name}": count for name, count in more.items()})
 
 

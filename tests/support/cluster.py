@@ -8,7 +8,7 @@ import contextlib
 import os
 import signal
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -181,6 +181,18 @@ class Cluster:
         text = body["choices"][0]["message"]["content"]
         assert text == fake_engine.words(prompt, 3), body
         return int(body["system_fingerprint"])
+
+    def deploy(
+        self,
+        name: str,
+        replicas: int = 1,
+        fake: str = "",
+        selector: Mapping[str, str] | None = None,
+    ) -> None:
+        """Want a model of the fake engine, spread over the hosts that `selector` leaves."""
+        spec = fake_engine.spec(self.server.data_dir, fake, worker_selector=selector or {})
+        body = {"name": name, "replicas": replicas, "placement_strategy": "spread"}
+        self.post("/v2/models", body | spec.model_dump(mode="json", exclude_unset=True))
 
     def end(self) -> None:
         """Kill whatever is there, until nothing is left."""

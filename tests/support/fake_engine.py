@@ -12,6 +12,7 @@ What it does is told by FAKE in its environment (`VersionSpec.env`), words separ
     child            start a child in the same process group, and fail when that ends
     child-apart      the same, in a session of the child's own
     pace=SECONDS     wait between two tokens of a stream
+    hurry-if=PATH    do not, while PATH exists
 
 A chat is answered with `max_tokens` words made from its last message (`words`), the engine's pid as
 `system_fingerprint`.
@@ -57,13 +58,14 @@ try:
 except OSError as error:
     say(error)
     sys.exit(1)
-listener.listen(64)
+listener.listen(256)
 def chat(peer, head, body):
     import json
     length = int(head.lower().partition(b"content-length:")[2].split(b"\\r\\n")[0])
     while len(body) < length: body += peer.recv(65536)
     asked = json.loads(body)
-    texts = [f"{asked['messages'][-1]['content']}/{n} " for n in range(asked["max_tokens"])]
+    prompt = (asked["messages"] or [{"content": ""}])[-1]["content"]
+    texts = [f"{prompt}/{n} " for n in range(asked.get("max_tokens", 1))]
     facts = {"id": f"{os.getpid()}-{peer.fileno()}", "system_fingerprint": str(os.getpid()),
              "object": "chat.completion", "created": 0, "model": asked["model"]}
     def choice(**more): return [{"index": 0, "finish_reason": None, **more}]
@@ -77,7 +79,7 @@ def chat(peer, head, body):
     events = [choice(delta={"content": text}) for text in texts]
     for choices in (*events, choice(delta={}, finish_reason="stop")):
         chunk(b"data: " + json.dumps(facts | {"choices": choices}).encode() + b"\\n\\n")
-        time.sleep(float(told.get("pace", 0)))
+        if not os.path.exists(told.get("hurry-if", "")): time.sleep(float(told.get("pace", 0)))
     chunk(b"data: [DONE]\\n\\n")
     chunk(b"")
 def answer(peer):

@@ -102,7 +102,7 @@ def _of_engines(node: Node, processes: list[Process], instances: list[Any]) -> I
 
 
 def _of_disk(node: Node, instances: list[Any]) -> Iterator[str]:
-    desired = json.loads((node.data_dir / "desired.json").read_text())
+    desired = json.loads(_text(node.data_dir / "desired.json") or "{}")
     if {int(id) for id in desired} != {one["id"] for one in instances}:
         yield f"desired.json has instances {sorted(desired)}"
     expected = set()
@@ -111,7 +111,7 @@ def _of_disk(node: Node, instances: list[Any]) -> Iterator[str]:
         secret = desired.get(str(record.instance_id), {}).get("secret")
         if record.secret().reveal() != secret:
             yield f"the secret of {record.instance_name} on disk is another than its instance's"
-    there = {path.name for path in (node.data_dir / "engines").iterdir()}
+    there = {path.name for path in (node.data_dir / "engines").glob("*")}
     if there != expected:
         yield f"engines/ has {sorted(there - expected)}, and lacks {sorted(expected - there)}"
     attempts = json.loads(_text(node.data_dir / "attempts.json") or "{}").get("attempts", {})
