@@ -3,13 +3,16 @@
 `GPUSTACK_TEST_SEED` and `GPUSTACK_TEST_KILLS` make a run of their own.
 """
 
+import contextlib
 import logging
 import os
 import random
 import signal
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final
 
@@ -30,12 +33,12 @@ KILLS = [
 KINDS: Final = ("agent", "relay", "engine", "child", "launcher", "gateway", "server")
 #: Model -> instances, what the fake engine is told, and where they have to be.
 MODELS: Final[dict[str, tuple[int, str, dict[str, str]]]] = {
-    "plain": (3, "", {}),
-    "with-child": (3, "child", {}),
-    "apart": (2, "child-apart", {}),
+    "plain": (3, "pace=0.3", {}),
+    "with-child": (3, "child pace=0.3", {}),
+    "apart": (2, "child-apart pace=0.3", {}),
     "slow-start": (2, "delay=0.5", {}),
-    "stubborn": (1, "stubborn", {}),
-    "there": (2, "child", {"place": "host3"}),
+    "stubborn": (1, "stubborn pace=0.3", {}),
+    "there": (2, "child pace=0.3", {"place": "host3"}),
 }
 #: Ports for engines on each host.
 PORTS: Final = 10
@@ -76,6 +79,8 @@ class Killer:
     def step(self, wanted: dict[str, int]) -> None:
         """One or two kills, at once or one right after the other, and a pause."""
         rng = self._rng
+        if rng.random() < 0.03:
+            self._lose(rng.choice(self._cluster.nodes))
         kind = rng.choice(KINDS)
         victim = self._kill(kind)
         if rng.random() < 0.2:
@@ -118,6 +123,13 @@ class Killer:
             self._say(f"kills {kind} {victim.pid} of {Path(victim.home).name}")
         return victim
 
+    def _lose(self, node: Node) -> None:
+        """Kill all of a host, as the end of its power would."""
+        self._say(f"kills all of {node.data_dir.name}")
+        for process in self._cluster.processes():
+            if process.home == str(node.data_dir) and process.kill():
+                self.killed[process.kind] += 1
+
     def _restart(self, node: Node) -> None:
         """`gpustack restart` is this signal and a look whether it was obeyed."""
         assert node.process is not None
@@ -141,8 +153,9 @@ def test_a_cluster_whose_processes_are_killed_comes_to_rest_whole(
     try:
         rest(cluster, wanted)
         before = descriptors(cluster)
-        while killer.killed.total() < kills:
-            killer.step(wanted)
+        with traffic(cluster):
+            while killer.killed.total() < kills:
+                killer.step(wanted)
         began = time.monotonic()
         rest(cluster, wanted)
         logger.warning("%s; at rest after %.1f s", killer.killed, time.monotonic() - began)
@@ -163,6 +176,33 @@ def rest(cluster: Cluster, wanted: dict[str, int]) -> None:
         return not found
 
     assert cluster.until(is_well, REST_S), "\n".join(found)
+
+
+@contextlib.contextmanager
+def traffic(cluster: Cluster) -> Iterator[None]:
+    """Streams without a pause, so that what is told to leave has something to finish."""
+    over = threading.Event()
+
+    def ask(model: str) -> None:
+        body = {"model": model, "messages": [], "max_tokens": 12, "stream": True}
+        with cluster.server.http() as http:
+            while not over.wait(0.1):
+                with (
+                    contextlib.suppress(httpx.HTTPError),
+                    http.stream("POST", "/v1/chat/completions", json=body) as answer,
+                ):
+                    for _ in answer.iter_raw():
+                        if over.is_set():
+                            break
+
+    with ThreadPoolExecutor(len(MODELS)) as threads:
+        asked = [threads.submit(ask, model) for model in MODELS]
+        try:
+            yield
+        finally:
+            over.set()
+            for each in asked:
+                each.result()
 
 
 def serves(cluster: Cluster) -> None:
