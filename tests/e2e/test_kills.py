@@ -3,6 +3,7 @@
 `GPUSTACK_TEST_SEED` and `GPUSTACK_TEST_KILLS` make a run of their own.
 """
 
+import asyncio
 import contextlib
 import logging
 import os
@@ -13,6 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Final
 
@@ -20,6 +22,7 @@ import httpx
 import pytest
 
 from tests.support.cluster import Cluster, Process
+from tests.support.databases import KINDS as KINDS_OF_DATABASES
 from tests.support.hosts import hosts, lacking
 from tests.support.inspection import descriptors, grown, problems
 from tests.support.node import Node
@@ -27,8 +30,10 @@ from tests.support.node import Node
 logger = logging.getLogger(__name__)
 
 KILLS = [
-    pytest.param(25, marks=[pytest.mark.slow, pytest.mark.timeout(600)]),
-    pytest.param(500, marks=[pytest.mark.soak, pytest.mark.timeout(7200)]),
+    pytest.param("sqlite", 25, marks=[pytest.mark.slow, pytest.mark.timeout(600)]),
+    pytest.param("sqlite", 500, marks=[pytest.mark.soak, pytest.mark.timeout(7200)]),
+    # Two of the three are servers.
+    pytest.param("embedded", 100, marks=[pytest.mark.soak, pytest.mark.timeout(7200)]),
 ]
 KINDS: Final = ("agent", "relay", "engine", "child", "launcher", "gateway", "server")
 #: Model -> instances, what the fake engine is told, and where they have to be.
@@ -46,12 +51,20 @@ REST_S: Final = 120.0
 
 
 @pytest.fixture
-def cluster(tmp_path: Path) -> Iterator[Cluster]:
-    """Three hosts with every model running."""
+def cluster(
+    request: pytest.FixtureRequest, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Cluster]:
+    """Three hosts with every model wanted, on a database of the kind that is the parameter."""
     if why := lacking():
         pytest.skip(why)
-    with hosts(3) as places:
-        made = Cluster(tmp_path, places, ports=PORTS)
+    with ExitStack() as stack:
+        url = ""
+        if request.param != "sqlite":
+            kind = KINDS_OF_DATABASES[request.param]
+            databases = stack.enter_context(kind(tmp_path_factory.mktemp("db")))
+            url = asyncio.run(databases.empty(tmp_path))
+        places = stack.enter_context(hosts(3))
+        made = Cluster(tmp_path, places, ports=PORTS, database_url=url)
         try:
             made.start()
             for name, (replicas, fake, selector) in MODELS.items():
@@ -83,7 +96,9 @@ class Killer:
             self._lose(rng.choice(self._cluster.nodes))
         kind = rng.choice(KINDS)
         victim = self._kill(kind)
-        if rng.random() < 0.2:
+        if victim is not None and kind in ("engine", "child") and rng.random() < 0.3:
+            self._kill_as_it_spawns(victim)
+        elif rng.random() < 0.2:
             self._kill(rng.choice(KINDS))
         elif victim is not None and rng.random() < 0.2:
             pause_s = rng.uniform(0, 0.7)
@@ -94,11 +109,21 @@ class Killer:
             self._restart(rng.choice(self._cluster.nodes))
         if rng.random() < 0.08:
             self._say("waits for rest")
-            assert self._cluster.until(lambda: not problems(self._cluster, wanted), REST_S), (
-                problems(self._cluster, wanted)
-            )
+            rest(self._cluster, wanted)
         else:
             self._cluster.wait(rng.uniform(0, 1.5))
+
+    def _kill_as_it_spawns(self, victim: Process) -> None:
+        """The agent, while it writes of, or spawns, the engine that takes the place of another."""
+        folder, pause_s = Path(victim.home) / "engines", self._rng.uniform(0, 0.03)
+        before = {path.name for path in folder.glob("*")}
+
+        def begins() -> bool:
+            return any(path.name not in before for path in folder.glob("*"))
+
+        if self._cluster.until(begins, 5, every_s=0.001):
+            time.sleep(pause_s)  # any of these moments must do
+            self._kill("agent", home=victim.home)
 
     def _another(self, victim: Process) -> Process | None:
         """One of the same kind on the same node that started later."""
@@ -141,7 +166,7 @@ class Killer:
         self.said.append(f"{time.monotonic() - self._began:7.2f} {sentence}")
 
 
-@pytest.mark.parametrize("kills", KILLS)
+@pytest.mark.parametrize(("cluster", "kills"), KILLS, indirect=["cluster"])
 def test_a_cluster_whose_processes_are_killed_comes_to_rest_whole(
     cluster: Cluster, kills: int
 ) -> None:

@@ -92,16 +92,20 @@ class Cluster:
     Args:
         folder: an empty one for all that the nodes have.
         ports: for engines, on each host.
+        database_url: of the first two, which are servers then.
 
     Attributes:
-        nodes: named after their hosts, `host1` and so on; the first is the server.
+        nodes: named after their hosts, `host1` and so on; the first is a server.
     """
 
-    def __init__(self, folder: Path, places: Sequence[Host], *, ports: int) -> None:
+    def __init__(
+        self, folder: Path, places: Sequence[Host], *, ports: int, database_url: str = ""
+    ) -> None:
         self.nodes: list[Node] = []
         self._folder, self._places, self._ports = folder, places, ports
         # Not patient: launchers have to be looked after meanwhile.
         self._http = httpx.Client(timeout=2, trust_env=False)
+        self._database = ["--database-url", database_url] if database_url else []
         self._ended: dict[Node, float] = {}
         self._retried = 0.0
 
@@ -112,11 +116,13 @@ class Cluster:
     def start(self) -> None:
         for number, host in enumerate(self._places, 1):
             name = f"host{number}"
+            is_server = number <= (2 if self._database else 1)
             node = Node(
                 self._folder / name,
                 *("--advertise-address", host.address, "--worker-name", name),
                 *("--worker-labels", f"place={name}"),
-                server=self.nodes[0] if self.nodes else None,
+                *(self._database if is_server else []),
+                server=None if is_server else self.nodes[0],
                 host=host,
                 engine_ports=self._ports,
             )
@@ -147,7 +153,7 @@ class Cluster:
     def wait(self, seconds: float) -> None:
         self.until(lambda: False, seconds)
 
-    def until(self, check: Callable[[], bool], seconds: float) -> bool:
+    def until(self, check: Callable[[], bool], seconds: float, *, every_s: float = 0.02) -> bool:
         """Whether `check` held within so many seconds."""
         deadline = time.monotonic() + seconds
         while True:
@@ -156,7 +162,7 @@ class Cluster:
                 return True
             if time.monotonic() >= deadline:
                 return False
-            time.sleep(0.02)
+            time.sleep(every_s)
 
     def get(self, path: str) -> list[Any]:
         """All items of a list; fails with httpx.HTTPError while the server is away."""
