@@ -99,7 +99,8 @@ class Killer:
         if victim is not None and kind in ("engine", "child") and rng.random() < 0.3:
             self._kill_as_it_spawns(victim)
         elif rng.random() < 0.2:
-            self._kill(rng.choice(KINDS))
+            home = victim.home if victim is not None and rng.random() < 0.5 else ""
+            self._kill(rng.choice(KINDS), home)
         elif victim is not None and rng.random() < 0.2:
             pause_s = rng.uniform(0, 0.7)
             if self._cluster.until(lambda: self._another(victim) is not None, 5):
@@ -121,9 +122,11 @@ class Killer:
         def begins() -> bool:
             return any(path.name not in before for path in folder.glob("*"))
 
+        agents = self._of("agent", victim.home)  # before: to look takes longer than to spawn
         if self._cluster.until(begins, 5, every_s=0.001):
             time.sleep(pause_s)  # any of these moments must do
-            self._kill("agent", home=victim.home)
+            for agent in agents:
+                self._end(agent, "as it spawns")
 
     def _another(self, victim: Process) -> Process | None:
         """One of the same kind on the same node that started later."""
@@ -143,10 +146,13 @@ class Killer:
             self._say(f"no {kind} to kill")
             return None
         victim = there[int(chosen * len(there))]
-        if victim.kill():
-            self.killed[kind] += 1
-            self._say(f"kills {kind} {victim.pid} of {Path(victim.home).name}")
+        self._end(victim)
         return victim
+
+    def _end(self, victim: Process, when: str = "") -> None:
+        if victim.kill():
+            self.killed[victim.kind] += 1
+            self._say(f"kills {victim.kind} {victim.pid} of {Path(victim.home).name} {when}")
 
     def _lose(self, node: Node) -> None:
         """Kill all of a host, as the end of its power would."""
