@@ -51,9 +51,10 @@ class Bench:
         self.server = Node(folder / "server", "--disable-worker")
         self.figures: dict[str, float] = {}
         self._folder = folder
+        self._started: list[Node] = []
 
     def start(self) -> None:
-        self.server.start()
+        self._started.append(self.server.start())
         label = ("--worker-labels", f"place={LABEL}")
         self.worker = Node(
             self._folder / "worker",
@@ -62,10 +63,10 @@ class Bench:
             engine_ports=2 * self.instances,
         )
         fake_engine.install(self.worker.data_dir / "bin")
-        self.worker.start()
+        self._started.append(self.worker.start())
 
     def end(self) -> None:
-        for node in (self.worker, self.server):
+        for node in reversed(self._started):
             node.kill()
 
     def deploy(self) -> int:

@@ -24,7 +24,7 @@ from tests.support.node import Node
 #: In the environment of every process that a node is or has started.
 MARK: Final = "TEST_NODE"
 ROLES: Final = ("server", "gateway", "agent", "relay")
-#: Seconds after which a launcher that has ended is started again. The product's own unit says 2.
+#: Seconds after which a launcher that has ended is started again. The product's own unit says 5.
 AGAIN_S: Final = 0.3
 #: Seconds between two looks whether an instance waits for the end of its back-off.
 RETRY_S: Final = 0.5
@@ -176,9 +176,6 @@ class Cluster:
         answer = self._http.post(path, json=body)
         answer.raise_for_status()
         return answer.json() if answer.content else None
-
-    def put(self, path: str, body: Any) -> None:
-        self._http.put(path, json=body).raise_for_status()
 
     def chat(self, model: str, prompt: str) -> int:
         """The pid of the engine that answered, rightly."""
