@@ -41,8 +41,8 @@ def main() -> None:
     name = sys.argv[1]
     try:
         boot = Boot.read()
-    except EOFError as error:  # it was killed as it started us
-        sys.exit(f"{name} does not start: {error}")
+    except EOFError as cut:  # it was killed as it started us
+        sys.exit(f"{name} does not start: {cut}")
     logs.setup(name, debug=bool(boot.settings.get("debug")))
     logger.debug("started as pid %d", os.getpid())
     serve = importlib.import_module(ROLES[name]).serve
