@@ -9,7 +9,7 @@ from typing import Any
 
 from gpustack.config import load
 from gpustack.config.options import Settings
-from gpustack.lib import role
+from gpustack.lib import platform, role
 from gpustack.lib.locks import take_over
 from gpustack.worker import metrics
 from gpustack.worker.api import Api
@@ -77,6 +77,7 @@ async def run(
     Args:
         sockets: where it listens: agent, for its API, and worker-metrics.
     """
+    platform.remove_unfinished(settings.data_dir, "worker_*")  # credential and certificate
     name = worker_name(settings)
     certificate = OwnCertificate(settings.data_dir, name)
     about = registration(settings, server_url, certificate.pem)

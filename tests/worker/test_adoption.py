@@ -222,7 +222,7 @@ async def test_what_a_killed_agent_had_only_begun_to_write_is_removed(
 ) -> None:
     records = Records(node.data_dir)
     begun = ["engines/.u1.json.abcd0123", "engines/u2.key", ".desired.json.abcd0123",
-             ".attempts.json.abcd0123"]  # fmt: skip
+             ".attempts.json.abcd0123", ".worker_credential.abcd0123"]  # fmt: skip
     records.put_secret("of-nobody", Secret("s"))
     for name in begun:
         (node.data_dir / name).write_text("half of a secret")
