@@ -24,7 +24,7 @@ import pytest
 from tests.support.cluster import Cluster, Process
 from tests.support.databases import KINDS as KINDS_OF_DATABASES
 from tests.support.hosts import hosts, lacking
-from tests.support.inspection import descriptors, grown, problems
+from tests.support.inspection import descriptors, doubled, grown, problems
 from tests.support.node import Node
 
 logger = logging.getLogger(__name__)
@@ -113,6 +113,7 @@ class Killer:
             rest(self._cluster, wanted)
         else:
             self._cluster.wait(rng.uniform(0, 1.5))
+        assert doubled(self._cluster) == []
 
     def _kill_as_it_spawns(self, victim: Process) -> None:
         """The agent, while it writes of, or spawns, the engine that takes the place of another."""

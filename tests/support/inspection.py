@@ -101,6 +101,13 @@ def _of_engines(node: Node, processes: list[Process], instances: list[Any]) -> I
             yield f"{record.instance_name}: the server knows pid {one.get('pid')}, not {record.pid}"
 
 
+def doubled(cluster: Cluster) -> list[str]:
+    """Instances that more than one engine runs for; there is none at any moment."""
+    records = [one for node in cluster.nodes for one in records_of(str(node.data_dir))]
+    alive = Counter(record.instance_name for record in records if record.is_alive)
+    return [f"{count} engines run for {name}" for name, count in alive.items() if count > 1]
+
+
 def _of_disk(node: Node, instances: list[Any]) -> Iterator[str]:
     desired = json.loads(_text(node.data_dir / "desired.json") or "{}")
     if {int(id) for id in desired} != {one["id"] for one in instances}:
