@@ -39,7 +39,10 @@ def main() -> None:
         sys.modules[unused] = None  # type: ignore[assignment]  # not to be found
     gc.disable()  # while what is imported piles up there is nothing to collect
     name = sys.argv[1]
-    boot = Boot.read()
+    try:
+        boot = Boot.read()
+    except EOFError as cut:  # it was killed as it started us
+        sys.exit(f"{name} does not start: {cut}")
     logs.setup(name, debug=bool(boot.settings.get("debug")))
     logger.debug("started as pid %d", os.getpid())
     serve = importlib.import_module(ROLES[name]).serve

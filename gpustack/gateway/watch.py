@@ -16,13 +16,14 @@ from gpustack.forward.upstream import Address, Pool
 from gpustack.gateway.tables import KINDS, Tables
 from gpustack.lib.backoff import delay_s
 from gpustack.lib.decode import UNREADABLE
-from gpustack.lib.platform import write_private
+from gpustack.lib.platform import remove_unfinished, write_private
 
 logger = logging.getLogger(__name__)
 
 REFRESH_S: Final = 0.5  # what one request waits at most for news
 _REFRESH_EVERY_S: Final = 0.1  # strangers with made-up keys must not busy the server
 _SILENCE_S: Final = 30.0  # heartbeats come every 10 s
+_UNFINISHED_S: Final = 60.0  # nobody takes so long to write a snapshot
 
 
 class _Event(msgspec.Struct):
@@ -213,6 +214,8 @@ class Disk:
 
     def load(self) -> Tables | None:
         """The tables of an earlier life; None, with a warning, if they are not usable."""
+        # Another gateway of this node may be writing them just now.
+        remove_unfinished(self._path.parent, self._path.name, older_than_s=_UNFINISHED_S)
         try:
             return Tables.load(self._path.read_bytes())
         except FileNotFoundError:

@@ -8,6 +8,7 @@ import signal
 import socket
 import sys
 import tempfile
+import time
 import uuid
 from collections.abc import Coroutine
 from pathlib import Path
@@ -50,6 +51,17 @@ def write_private(path: Path, data: str | bytes) -> None:
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
+
+
+def remove_unfinished(folder: Path, name: str = "*", *, older_than_s: float = 0.0) -> None:
+    """Remove what `write_private` has left beside files `name` where its process was killed.
+
+    For who knows that nobody writes them now, or that nobody takes `older_than_s` for it.
+    """
+    for path in folder.glob(f".{name}.????????"):  # as `tempfile` ends names
+        with contextlib.suppress(OSError):
+            if time.time() - path.stat().st_mtime >= older_than_s:
+                path.unlink()
 
 
 def sync_folder(folder: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from gpustack.config import load, resources
 from gpustack.config.options import Settings
-from gpustack.lib import role
+from gpustack.lib import platform, role
 from gpustack.lib.locks import take_over
 from gpustack.worker import metrics, views
 from gpustack.worker.address import first_address, keep_address
@@ -82,6 +82,7 @@ async def run(
     Args:
         sockets: where it listens: agent, for its API, and worker-metrics.
     """
+    platform.remove_unfinished(settings.data_dir, "worker_*")  # credential and certificate
     name = worker_name(settings)
     certificate = OwnCertificate(settings.data_dir, name)
     reached_at = await first_address(settings, server_url)

@@ -29,6 +29,7 @@ class Memory:
         self.attempts: dict[int, Attempts] = {}
 
     def load(self) -> None:
+        platform.remove_unfinished(self._path.parent, self._path.name)
         try:
             file = _File.model_validate_json(self._path.read_bytes())
         except FileNotFoundError:

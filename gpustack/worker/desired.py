@@ -39,6 +39,7 @@ class Desired:
         self._unsaved = False
 
     def load(self) -> None:
+        platform.remove_unfinished(self._path.parent, self._path.name)
         try:
             self.instances = _FILE.validate_json(self._path.read_bytes())
         except FileNotFoundError:

@@ -119,3 +119,12 @@ def test_a_role_that_gives_up_on_purpose_says_one_sentence(tmp_path: Path) -> No
     assert done.returncode == 1
     assert done.stderr.endswith(b"the database is broken\n")
     assert b"Traceback" not in done.stderr
+
+
+def test_a_role_whose_launcher_died_as_it_started_it_says_so_in_one_sentence() -> None:
+    command = [sys.executable, "-m", "gpustack.cli.role", "relay"]
+    ended = subprocess.run(command, input="", capture_output=True, text=True, check=False)
+    assert ended.returncode == 1
+    assert ended.stderr == (
+        "relay does not start: the launcher closed the pipe before it said how to start\n"
+    )

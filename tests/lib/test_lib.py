@@ -73,6 +73,24 @@ def test_a_private_file_is_its_owners_alone_and_replaced_whole(tmp_path: Path) -
     assert list(path.parent.iterdir()) == [path]
 
 
+def test_what_was_being_written_when_its_writer_was_killed_is_removed(tmp_path: Path) -> None:
+    script = (
+        "import os, sys; from pathlib import Path; from gpustack.lib import platform; "
+        "os.replace = lambda *_: os.kill(os.getpid(), 9); "
+        "platform.write_private(Path(sys.argv[1]), 'secret')"
+    )
+    for name in ("one.json", "two.json"):
+        subprocess.run([sys.executable, "-c", script, str(tmp_path / name)], check=False)
+    assert len(list(tmp_path.iterdir())) == 2
+    platform.write_private(tmp_path / "one.json", "kept")
+    platform.remove_unfinished(tmp_path, "one.json", older_than_s=60)
+    assert len(list(tmp_path.iterdir())) == 3
+    platform.remove_unfinished(tmp_path, "one.json")
+    assert [path.name[:5] for path in sorted(tmp_path.iterdir())] == [".two.", "one.j"]
+    platform.remove_unfinished(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["one.json"]
+
+
 def test_a_secret_prints_as_stars_and_compares_as_itself() -> None:
     secret = Secret("hunter2")
     assert "hunter2" not in f"{secret} {secret!r} {secret:>9} %s" % secret

@@ -9,6 +9,13 @@ What it does is told by FAKE in its environment (`VersionSpec.env`), words separ
     delay=SECONDS    wait before listening
     stubborn         it and a child of it ignore SIGTERM; the child's pid is in the log
     say=TEXT         print TEXT first
+    child            start a child in the same process group, and fail when that ends
+    child-apart      the same, in a session of the child's own
+    pace=SECONDS     wait between two tokens of a stream
+    hurry-if=PATH    do not, while PATH exists
+
+A chat is answered with `max_tokens` words made from its last message (`words`), the engine's pid as
+`system_fingerprint`.
 """
 
 import os
@@ -18,7 +25,7 @@ from pathlib import Path
 from gpustack.schemas.models import Source, VersionSpec
 
 SCRIPT = """
-import os, signal, socket, sys, time
+import _thread, os, signal, socket, sys, time
 
 argv = sys.argv[1:]
 port = int(argv[argv.index("--port") + 1])
@@ -38,6 +45,11 @@ if "stubborn" in told:
     if os.fork() == 0:
         say("grandchild", os.getpid())
         while True: time.sleep(60)
+if "child" in told or "child-apart" in told:
+    signal.signal(signal.SIGCHLD, lambda *_: (say("the child has ended"), os._exit(1)))
+    if os.fork() == 0:
+        if "child-apart" in told: os.setsid()
+        while True: time.sleep(60)
 time.sleep(float(told.get("delay", 0)))
 listener = socket.socket()
 listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -46,9 +58,31 @@ try:
 except OSError as error:
     say(error)
     sys.exit(1)
-listener.listen(64)
-while True:
-    peer, _ = listener.accept()
+listener.listen(256)
+def chat(peer, head, body):
+    import json
+    length = int(head.lower().partition(b"content-length:")[2].split(b"\\r\\n")[0])
+    while len(body) < length: body += peer.recv(65536)
+    asked = json.loads(body)
+    prompt = (asked["messages"] or [{"content": ""}])[-1]["content"]
+    texts = [f"{prompt}/{n} " for n in range(asked.get("max_tokens", 1))]
+    facts = {"id": f"{os.getpid()}-{peer.fileno()}", "system_fingerprint": str(os.getpid()),
+             "object": "chat.completion", "created": 0, "model": asked["model"]}
+    def choice(**more): return [{"index": 0, "finish_reason": None, **more}]
+    if not asked.get("stream"):
+        said = choice(message={"role": "assistant", "content": "".join(texts)})
+        return json.dumps(facts | {"choices": said})
+    peer.sendall(b"HTTP/1.1 200 OK\\r\\ncontent-type: text/event-stream\\r\\n"
+                 b"connection: close\\r\\ntransfer-encoding: chunked\\r\\n\\r\\n")
+    def chunk(data): peer.sendall(b"%x\\r\\n%b\\r\\n" % (len(data), data))
+    facts["object"] = "chat.completion.chunk"
+    events = [choice(delta={"content": text}) for text in texts]
+    for choices in (*events, choice(delta={}, finish_reason="stop")):
+        chunk(b"data: " + json.dumps(facts | {"choices": choices}).encode() + b"\\n\\n")
+        if not os.path.exists(told.get("hurry-if", "")): time.sleep(float(told.get("pace", 0)))
+    chunk(b"data: [DONE]\\n\\n")
+    chunk(b"")
+def answer(peer):
     head = b""
     while b"\\r\\n\\r\\n" not in head:
         more = peer.recv(4096)
@@ -62,9 +96,18 @@ while True:
         say("metrics")
         busy = "busy-if" in told and os.path.exists(told["busy-if"])
         body = f"# gauge\\nllamacpp:requests_processing {busy:d}\\n"
-    answer = f"HTTP/1.1 {status}\\r\\ncontent-length: {len(body)}\\r\\n\\r\\n{body}"
-    peer.sendall(answer.encode())
-    peer.close()
+    elif head.startswith(b"POST /v1/chat/completions ") and status == "200 OK":
+        body = chat(peer, *head.split(b"\\r\\n\\r\\n", 1))
+        if body is None: return
+    kind = "application/json" if body.startswith("{") else "text/plain"
+    peer.sendall(f"HTTP/1.1 {status}\\r\\ncontent-type: {kind}\\r\\nconnection: close\\r\\n"
+                 f"content-length: {len(body)}\\r\\n\\r\\n{body}".encode())
+def serve(peer):
+    try: answer(peer)
+    except OSError: pass  # it has left
+    finally: peer.close()
+while True:
+    _thread.start_new_thread(serve, (listener.accept()[0],))
 """
 
 
@@ -85,3 +128,8 @@ def spec(folder: Path, fake: str = "", **more: object) -> VersionSpec:
         file.write_bytes(b"GGUF")
     facts = {"source": Source.LOCAL_PATH, "local_path": os.fspath(file), "env": {"FAKE": fake}}
     return VersionSpec.model_validate({**facts, **more})
+
+
+def words(prompt: str, count: int) -> str:
+    """What it answers."""
+    return "".join(f"{prompt}/{number} " for number in range(count))

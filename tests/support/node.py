@@ -28,6 +28,7 @@ class Node:
         data_dir: kept between starts of the same node.
         server: the node to join; None makes this one a server.
         host: where it runs; None: on this machine itself.
+        engine_ports: how many.
 
     Attributes:
         starter: a command that becomes the launcher, in the same process.
@@ -41,13 +42,14 @@ class Node:
         *options: str,
         server: "Node | None" = None,
         host: Host | None = None,
+        engine_ports: int = ENGINE_PORTS,
     ) -> None:
         self.data_dir = data_dir
         self.host = host
-        first = free_ports(6 + ENGINE_PORTS)
+        first = free_ports(6 + engine_ports)
         self.port, self.api_port, self.worker_port, self.tls_port = range(first, first + 4)
         self.metrics_port, self.worker_metrics_port = first + 4, first + 5
-        self.engine_ports = (first + 6, first + 5 + ENGINE_PORTS)
+        self.engine_ports = (first + 6, first + 5 + engine_ports)
         self.log = data_dir.with_suffix(".log")
         self.arguments = [
             "--data-dir", str(data_dir),

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from gpustack.lib import platform
 from gpustack.lib.role import Leave
+from gpustack.lib.secrets import Secret
 from gpustack.schemas.instances import InstanceState
 from gpustack.worker.supervisor.records import HOME_VARIABLE, UID_VARIABLE, Records
 from tests.support.control_plane import ControlPlane, assigned, listening
@@ -214,6 +215,28 @@ async def test_engines_of_ours_without_a_record_are_ended_and_others_are_not(
             assert others.poll() is None
         finally:
             others.kill()
+
+
+async def test_what_a_killed_agent_had_only_begun_to_write_is_removed(
+    node: Node, plane: ControlPlane
+) -> None:
+    records = Records(node.data_dir)
+    begun = ["engines/.u1.json.abcd0123", "engines/u2.key", ".desired.json.abcd0123",
+             ".attempts.json.abcd0123", ".worker_credential.abcd0123"]  # fmt: skip
+    records.put_secret("of-nobody", Secret("s"))
+    for name in begun:
+        (node.data_dir / name).write_text("half of a secret")
+    unreadable = node.data_dir / "engines/u3.json"
+    unreadable.write_text("{")
+    records.put_secret("u3", Secret("s"))
+    async with node.agent():
+        await plane.assign(assigned(1, node.spec()))
+        await plane.until_state(1, RUNNING)
+    assert [name for name in begun if (node.data_dir / name).exists()] == []
+    assert sorted(path.name for path in (node.data_dir / "engines").iterdir()) == [
+        "u3.json",  # no reader knows what it may be the record of
+        "u3.key",
+    ]
 
 
 async def test_absence_counts_only_once_the_list_is_complete(

@@ -31,6 +31,7 @@ def find(records: Records) -> Found:
     A process counts as an engine only if pid, start time and boot agree; a pid alone is used again
     by others. A record without a pid is completed with the process that carries its uid.
     """
+    records.tidy()
     groups = groups_by_uid(records.home)
     alive: dict[int, Record] = {}
     dead: list[Record] = []

@@ -91,6 +91,13 @@ class Records:
             except (OSError, ValidationError) as error:
                 logger.warning("cannot read engine record %s: %s", path, error)
 
+    def tidy(self) -> None:
+        """Remove what an agent that was killed had only begun. For who alone writes here."""
+        platform.remove_unfinished(self._folder)
+        for path in self._folder.glob("*.key"):
+            if not self._path(path.stem).exists():
+                self.remove(path.stem)
+
     def environment(self, uid: str) -> dict[str, str]:
         """What marks the processes of an engine as ours."""
         return {UID_VARIABLE: uid, HOME_VARIABLE: os.fspath(self.home)}
