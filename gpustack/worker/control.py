@@ -40,6 +40,9 @@ class Control:
     """Owns the engines of this worker: one task of `group` each.
 
     Cancelling the group lets go of all engines; `stop_all` ends them.
+
+    Args:
+        limits: for every engine, instead of those that its backend says.
     """
 
     def __init__(
@@ -52,7 +55,7 @@ class Control:
         launches: Launches,
         leases: PortLeases,
         policy: Policy,
-        limits: Limits,
+        limits: Limits | None,
     ) -> None:
         self._group = group
         self._desired = desired
@@ -110,7 +113,9 @@ class Control:
             self._memory.put(record.instance_id, _ended_unseen(record))
         for group in found.strays:
             logger.warning("ending process group %d: an engine without a record", group)
-            ending = self._group.create_task(end_group(group, limit_s=self._limits.stop_s))
+            ending = self._group.create_task(
+                end_group(group, limit_s=(self._limits or Limits()).stop_s)
+            )
             self._owners.add(ending)
             ending.add_done_callback(self._owners.discard)
 

@@ -20,7 +20,7 @@ class Phase(StrEnum):
     PREPARING = "preparing"  # a port, a program and its files are looked for; no process yet
     DOWNLOADING = "downloading"  # its files are being fetched; no process yet
     STARTING = "starting"  # its process is there, or about to be, and does not answer yet
-    RUNNING = "running"  # it answers
+    RUNNING = "running"  # it has answered a real request
     ENDING = "ending"  # its processes are being ended: it failed, or was told to stop
 
 
@@ -34,7 +34,8 @@ class Trouble(StrEnum):
     SPAWN = "spawn"  # the command cannot be run at all
     EXITED = "exited"  # it ended by itself
     NOT_READY = "not_ready"  # it did not answer within the start-up limit
-    UNHEALTHY = "unhealthy"  # it answered, then no longer
+    UNFIT = "unfit"  # it answers at its health path and fails requests
+    UNHEALTHY = "unhealthy"  # it answered, then no longer, or got no request done
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,9 @@ What it does is told by FAKE in its environment (`VersionSpec.env`), words separ
     deaf-if=PATH     answer 503 while PATH exists
     busy-if=PATH     its metrics tell of a request while PATH exists; each look at them is logged
     delay=SECONDS    wait before listening
+    post=STATUS      answer requests for work with STATUS and a sentence
+    held-if=PATH     while PATH exists requests for work are never answered
+    still-if=PATH    while PATH exists its count of work done stays as it is
     stubborn         it and a child of it ignore SIGTERM; the child's pid is in the log
     say=TEXT         print TEXT first
 """
@@ -47,6 +50,9 @@ except OSError as error:
     say(error)
     sys.exit(1)
 listener.listen(64)
+held, work = [], 0
+def there(word):
+    return word in told and os.path.exists(told[word])
 while True:
     peer, _ = listener.accept()
     head = b""
@@ -54,14 +60,26 @@ while True:
         more = peer.recv(4096)
         if not more: break
         head += more
+    rest = head.partition(b"\\r\\n\\r\\n")[2]
+    sized = head.lower().partition(b"content-length: ")[2].split(b"\\r")[0]
+    while sized and len(rest) < int(sized): rest += peer.recv(4096)
     status = "200 OK"
     if f"authorization: bearer {secret}".encode() not in head.lower(): status = "401 No"
-    elif "deaf-if" in told and os.path.exists(told["deaf-if"]): status = "503 Busy"
+    elif there("deaf-if"): status = "503 Busy"
     body = ""
     if head.startswith(b"GET /metrics "):
         say("metrics")
-        busy = "busy-if" in told and os.path.exists(told["busy-if"])
-        body = f"# gauge\\nllamacpp:requests_processing {busy:d}\\n"
+        work += not there("still-if")
+        body = f"# gauge\\nllamacpp:requests_processing {there('busy-if'):d}\\n"
+        body += f"llamacpp:n_decode_total {work}\\n"
+    elif head.startswith(b"POST "):
+        say("asked", head.split()[1].decode(), rest.decode())
+        if there("held-if"):
+            held.append(peer)
+            continue
+        if "post" in told:
+            status = told["post"] + " X"
+            body = '{"error": {"message": "head_dim=16 is not supported"}}'
     answer = f"HTTP/1.1 {status}\\r\\ncontent-length: {len(body)}\\r\\n\\r\\n{body}"
     peer.sendall(answer.encode())
     peer.close()

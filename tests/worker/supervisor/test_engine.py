@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from gpustack.backends.base import ProbeRequest
 from gpustack.lib import platform
 from gpustack.lib.secrets import Secret
 from gpustack.worker.reconcile import Failure, Phase, Trouble
-from gpustack.worker.supervisor.draining import requests
 from gpustack.worker.supervisor.engine import Engine, Limits, Plan, Prepare
 from gpustack.worker.supervisor.engine_log import log_path
 from gpustack.worker.supervisor.groups import groups_by_uid
@@ -54,6 +54,8 @@ class Bench:
             argv=list(command),
             health_path="/health",
             busy_gauges=["llamacpp:requests_processing"],
+            progress_counters=["llamacpp:n_decode_total"],
+            probe=ProbeRequest("/v1/completions", {"model": "m", "prompt": "1"}),
             boot_id=platform.boot_id(),
         )
 
@@ -180,19 +182,6 @@ async def test_an_engine_that_starts_has_nothing_to_drain(bench: Bench) -> None:
         await eventually(lambda: bench.engine.observed.pid)
         bench.engine.ask_to_drain()
     assert owner.result() is None
-
-
-@pytest.mark.parametrize(
-    ("metrics", "count"),
-    [
-        ("", 0),
-        ("busy 2\nlate 1.0\nother 7\n", 3),
-        ('busy{model="a b"} 4 1700000000\n# HELP late 5', 4),
-        ("busy\nbusy many\n", 0),
-    ],
-)
-def test_requests_are_counted_by_the_engines_own_metrics(metrics: str, count: int) -> None:
-    assert requests(metrics, ["busy", "late"]) == count
 
 
 async def test_cancelling_the_owner_lets_go_and_another_can_adopt(bench: Bench) -> None:
