@@ -10,6 +10,7 @@ import sys
 import tempfile
 import uuid
 from collections.abc import Coroutine
+from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
@@ -202,6 +203,30 @@ def kill_group(group: int, *, force: bool) -> None:
             os.kill(group, signal.SIGTERM)
         else:
             os.killpg(group, signal.SIGKILL if force else signal.SIGTERM)
+
+
+def oom_kills() -> int | None:
+    """How many processes the kernel has ended for lack of memory; None where it does not say.
+
+    Of our own control group where that counts, else of the whole machine.
+    """
+    for path in (_memory_events(), Path("/proc/vmstat")):
+        with contextlib.suppress(OSError, ValueError):
+            if path is not None:
+                for line in path.read_text().splitlines():
+                    if line.startswith("oom_kill "):
+                        return int(line.split()[1])
+    return None
+
+
+@lru_cache(maxsize=1)
+def _memory_events() -> Path | None:
+    """The counts of our control group; the topmost one has none."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            if line.startswith("0::/"):
+                return Path(f"/sys/fs/cgroup/{line[4:].lstrip('/')}/memory.events")
+    return None
 
 
 async def wait_exit(pid: int) -> None:

@@ -16,8 +16,9 @@ from gpustack.lib.net import can_bind
 from gpustack.lib.secrets import Secret
 from gpustack.worker.ports import LOOPBACK
 from gpustack.worker.reconcile import Failure, Observed, Phase, Trouble
+from gpustack.worker.supervisor.diagnosis import TAIL_BYTES, explain
 from gpustack.worker.supervisor.draining import until_idle
-from gpustack.worker.supervisor.engine_log import last_words, start_log
+from gpustack.worker.supervisor.engine_log import last_words, start_log, tail
 from gpustack.worker.supervisor.groups import end_group, groups_by_uid
 from gpustack.worker.supervisor.probing import Prober
 from gpustack.worker.supervisor.records import Record, Records, Unwritten, pid_of
@@ -69,6 +70,7 @@ class Engine:
         self._done = asyncio.Event()
         self._running_since: float | None = None
         self._progress_at: float | None = None
+        self._oom_kills: tuple[int | None, int | None] = (None, None)
 
     @property
     def is_stopping(self) -> bool:
@@ -183,6 +185,7 @@ class Engine:
         self, record: Record, secret: Secret, child: "subprocess.Popen[bytes] | None"
     ) -> Failure | None:
         self._limits = self._given_limits or record.limits
+        self._oom_kills = (platform.oom_kills(),) * 2
         try:
             failure = await self._until_over(record, secret, child)
         except asyncio.CancelledError:
@@ -193,8 +196,7 @@ class Engine:
             await self._end(record, child)
             raise
         if failure is not None:
-            words = last_words(Path(record.log_file), secret=secret.reveal())
-            failure = replace(failure, last_words=words)
+            failure = self._explained(failure, record, secret)
         # An early exit may turn out to be about a port only: that is no news for anybody.
         shown = None if failure and _may_be_port(failure) else failure
         self._see(phase=Phase.ENDING, failure=shown)
@@ -203,6 +205,19 @@ class Engine:
             failure = Failure(Trouble.PORT_TAKEN, f"another program took port {record.port} first")
         self._records.remove(record.uid)
         return None if self._stop.is_set() else failure
+
+    def _explained(self, failure: Failure, record: Record, secret: Secret) -> Failure:
+        """`failure` with what it means, where anybody knows, and the engine's last words."""
+        log = Path(record.log_file)
+        before, after = self._oom_kills[0], platform.oom_kills()
+        more = None if before is None or after is None else after > before
+        if failure.trouble is not Trouble.EXITED:
+            more = False
+        text = f"{tail(log, TAIL_BYTES)}\n{failure.sentence}"
+        meaning = explain(text, code=failure.code, oom_killed=more)
+        sentence = f"{failure.sentence}: {meaning}" if meaning else failure.sentence
+        words = last_words(log, secret=secret.reveal())
+        return replace(failure, sentence=sentence, last_words=words)
 
     async def _until_over(
         self, record: Record, secret: Secret, child: "subprocess.Popen[bytes] | None"
@@ -260,6 +275,8 @@ class Engine:
         return replace(failure, ran_s=self._ran_s() or 0.0)
 
     def _running(self) -> None:
+        # The last but one: the kernel counts before the process has ended.
+        self._oom_kills = (self._oom_kills[1], platform.oom_kills())
         if self.observed.phase is not Phase.RUNNING:
             self._running_since = asyncio.get_running_loop().time()
             self._see(phase=Phase.RUNNING)

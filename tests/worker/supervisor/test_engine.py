@@ -17,6 +17,7 @@ from gpustack.worker.supervisor.groups import groups_by_uid
 from gpustack.worker.supervisor.records import Record, Records
 from tests.support import fake_engine
 from tests.support.ports import free_ports
+from tests.support.wait import soon
 from tests.support.worker_node import eventually
 
 QUICK = Limits(start_s=5, stop_s=0.3, poll_s=0.05, patience_s=0.5)
@@ -284,3 +285,57 @@ async def test_a_log_that_cannot_be_written_is_named(bench: Bench) -> None:
     assert failure is not None
     assert failure.sentence.startswith(f"cannot write {bench.folder}/log/serve/1.log: ")
     assert bench.left() == []
+
+
+def _limited(folder: Path, limit: str) -> Path | None:
+    """A control group of 64 MiB below `folder`, where this machine lets one be made."""
+    group = folder / f"gpustack-test-{os.getpid()}"
+    try:
+        group.mkdir()
+        (group / limit).write_text(str(64 * 2**20))
+    except OSError:
+        if group.exists():
+            group.rmdir()
+        return None
+    return group
+
+
+@pytest.fixture
+def little_memory() -> Iterator[Path]:
+    group = _limited(Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes") or _limited(
+        Path("/sys/fs/cgroup"), "memory.max"
+    )
+    if group is None:
+        pytest.skip("no control group for memory can be made here")
+    yield group
+    soon(lambda: not (group / "cgroup.procs").read_text(), "the group is empty")
+    group.rmdir()
+
+
+async def test_an_engine_that_the_kernel_ended_for_lack_of_memory_says_so(
+    bench: Bench, little_memory: Path
+) -> None:
+    eats = "import os; open(os.environ['PROCS'], 'w').write('0'); bytearray(512 * 2**20)"
+    plan = bench.plan(
+        "/usr/bin/env", f"PROCS={little_memory}/cgroup.procs", sys.executable, "-c", eats
+    )
+    failure = await bench.engine.start(plan, 0)
+    assert failure is not None
+    assert failure.code == -9
+    assert failure.sentence == (
+        "the engine was ended by signal 9 (SIGKILL) before it answered: the kernel ended a process "
+        "because memory ran out; lower the context length or the parallel requests, or give it a "
+        "worker or a container with more memory"
+    )
+
+
+async def test_a_failure_says_what_the_log_means_before_its_last_words(bench: Bench) -> None:
+    says = "error: unrecognized arguments: --nope"
+    plan = bench.plan(sys.executable, "-c", f"print({says!r}); exit(2)")
+    failure = await bench.engine.start(plan, 0)
+    assert failure is not None
+    assert failure.message.splitlines() == [
+        "the engine exited with code 2 before it answered: it does not know the argument --nope; "
+        "correct the model's backend parameters",
+        "error: unrecognized arguments: --nope",
+    ]
