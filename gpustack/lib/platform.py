@@ -308,6 +308,24 @@ def notice_dead_peer(connection: socket.socket, *, unacknowledged_s: float | Non
             connection.setsockopt(socket.IPPROTO_TCP, number, value)
 
 
+def outgoing_ports() -> tuple[range, frozenset[int]] | None:
+    """The ports that this system gives to whoever connects, and those among all that it keeps back.
+
+    None where it does not say.
+    """
+    folder = Path("/proc/sys/net/ipv4")
+    try:
+        first, last = map(int, (folder / "ip_local_port_range").read_text().split())
+        kept = (folder / "ip_local_reserved_ports").read_text().strip()
+    except (OSError, ValueError):
+        return None
+    reserved: set[int] = set()
+    for item in filter(None, kept.split(",")):
+        low, _, high = item.partition("-")
+        reserved.update(range(int(low), int(high or low) + 1))
+    return range(first, last + 1), frozenset(reserved)
+
+
 def read_json_line(fd: int) -> dict[str, Any]:
     """The first line of a pipe, as JSON, leaving what follows unread."""
     line = b""

@@ -11,6 +11,7 @@ What it does is told by FAKE in its environment (`VersionSpec.env`), words separ
     held-if=PATH     while PATH exists requests for work are never answered
     still-if=PATH    while PATH exists its count of work done stays as it is
     stubborn         it and a child of it ignore SIGTERM; the child's pid is in the log
+    away             the child has left the engine's process group
     say=TEXT         print TEXT first
 """
 
@@ -39,6 +40,7 @@ if "exit-if" in told and os.path.exists(told["exit-if"]): fail(1)
 if "stubborn" in told:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if os.fork() == 0:
+        if "away" in told: os.setsid()
         say("grandchild", os.getpid())
         while True: time.sleep(60)
 time.sleep(float(told.get("delay", 0)))

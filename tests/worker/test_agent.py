@@ -250,3 +250,23 @@ async def test_no_zombie_is_left_of_an_engine(node: Node, plane: ControlPlane) -
         await plane.remove(1)
         await plane.until_state(1, GONE)
         await eventually(lambda: not os.path.exists(f"/proc/{status.pid}"))
+
+
+@pytest.mark.parametrize("restarts", [True, False])
+async def test_a_range_used_up_is_a_reason_and_a_port_that_comes_free_ends_it(
+    node: Node, plane: ControlPlane, restarts: bool
+) -> None:
+    first_port = node.flags["service_port_range"].partition("-")[0]
+    node.flags["service_port_range"] = f"{first_port}-{first_port}"
+    async with node.agent(policy=Policy(first_s=60)):
+        await plane.assign(assigned(1, node.spec()))
+        await plane.until_state(1, RUNNING)
+        await plane.assign(assigned(2, node.spec(), restart_on_error=restarts))
+        waiting = await plane.until_state(2, InstanceState.ERROR)
+        assert waiting.state_message == (
+            f"no free port in {first_port}-{first_port}: 1 of 1 are held by engines of this "
+            "worker; widen --service-port-range"
+        )
+        await plane.change(1, deleting=True)
+        started = await plane.until_state(2, RUNNING)  # long before a minute is over
+        assert (started.port, started.restart_count) == (int(first_port), 0)
