@@ -32,10 +32,12 @@ PROGRESS_COUNTERS = (
     "llamacpp:tokens_predicted_total",
 )
 
+#: It reads its whole file before it answers: 180 GB over a gigabit of network take half an hour.
+START_S = 1800.0
 #: One batch of 2,048 tokens may take this long on a CPU: 1.1 tokens/s, slower than a model of 70
 #: billion parameters at 4 bit on two cores. GPUs are a hundred times faster.
-CPU_LIMITS = Limits(stuck_s=1800.0)
-GPU_LIMITS = Limits(stuck_s=600.0)
+CPU_LIMITS = Limits(start_s=START_S, stuck_s=1800.0)
+GPU_LIMITS = Limits(start_s=START_S, stuck_s=600.0)
 
 #: Options that name the engine's place in the cluster; a user's value would break the routing.
 OWNED = {
