@@ -26,6 +26,7 @@ async def test_an_instance_is_started_and_reported_state_by_state(
         await plane.assign(assigned(1, node.spec()))
         status = await plane.until_state(1, RUNNING)
         assert plane.states(1) == ["starting", "running"]
+        assert 'asked /v1/completions {"model":"m",' in node.log(1)
         assert node.engines() == [status.pid]
         assert status.restart_count == 0
 

@@ -94,7 +94,7 @@ class Prober:
             return None
         why = ""
         for _ in range(FIRST_TRIES):
-            verdict, why = await self._ask_while_later(probe, deadline)
+            verdict, why = await self._ask(probe, limits.first_s, later_until=deadline)
             if verdict is Verdict.UNKNOWN:
                 logger.warning("the first request proves nothing: it %s", why)
             if verdict in (Verdict.WORKS, Verdict.UNKNOWN):
@@ -129,15 +129,17 @@ class Prober:
             await asyncio.sleep(limits.poll_s)
         return Failure(Trouble.UNHEALTHY, f"the engine did not answer {misses} times in a row")
 
-    async def _ask_while_later(self, probe: ProbeRequest, deadline: float) -> tuple[Verdict, str]:
+    async def _ask(
+        self, probe: ProbeRequest, limit_s: float, *, later_until: float
+    ) -> tuple[Verdict, str]:
+        """What a real request says of the engine; one that is put off is asked again."""
         while True:
-            verdict, why = await self._ask_probe(probe, self._limits.first_s)
-            if verdict is not Verdict.LATER or self._now() >= deadline:
+            verdict, why = await self._ask_once(probe, limit_s)
+            if verdict is not Verdict.LATER or self._now() >= later_until:
                 return verdict, why
             await asyncio.sleep(SLOWEST_POLL_S)
 
-    async def _ask_probe(self, probe: ProbeRequest, limit_s: float) -> tuple[Verdict, str]:
-        """What the smallest request says of the engine, and what became of it."""
+    async def _ask_once(self, probe: ProbeRequest, limit_s: float) -> tuple[Verdict, str]:
         way = f"({probe.method} {probe.path})"
         try:
             answer = await ask(
@@ -167,17 +169,17 @@ class Prober:
         still_s = self._progress.still_s(self._now())
         if still_s < limits.stuck_s:
             return None
-        verdict, why = await self._ask_probe(probe, limits.probe_s)
+        until = self._now() + limits.probe_s
+        verdict, why = await self._ask(probe, limits.probe_s, later_until=until)
         if verdict in (Verdict.WORKS, Verdict.UNKNOWN):
             self._progress.forget()
             return None
         await self._see()
         if self._progress.still_s(self._now()) < limits.stuck_s:
             return None  # it was busy: something has moved meanwhile
-        count = f"{self._progress.requests:g}"
-        return (
-            f"{count} requests in progress and no token for {still_s:.0f} s; a probe request {why}"
-        )
+        seen = self._progress.requests
+        what = "no word from its metrics" if seen is None else f"{seen:g} requests in progress"
+        return f"{what} and no token for {still_s:.0f} s; a probe request {why}"
 
     async def _see(self) -> None:
         record = self._record

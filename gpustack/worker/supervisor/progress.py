@@ -62,12 +62,16 @@ class Sample:
 
 
 class Progress:
-    """How long the requests of an engine have made none. PURE: time is an argument, seconds."""
+    """How long the requests of an engine have made none. PURE: time is an argument, seconds.
+
+    Attributes:
+        requests: how many it has, by the last look; None: its metrics did not come.
+    """
 
     def __init__(self) -> None:
         self._counters: dict[str, float] | None = None
         self._since: float | None = None
-        self.requests = 0.0
+        self.requests: float | None = None
 
     def see(self, sample: Sample, now: float) -> None:
         self.requests = sample.requests
@@ -78,6 +82,7 @@ class Progress:
 
     def see_silence(self, now: float) -> None:
         """Its metrics did not come. Some engines hold them back while they compute."""
+        self.requests = None
         if self._since is None:
             self._since = now
 

@@ -111,6 +111,22 @@ async def test_an_engine_that_never_answers_is_ended_and_says_so(bench: Bench) -
     assert Phase.RUNNING not in bench.seen
 
 
+async def test_the_limits_of_its_backend_count_where_nobody_gives_others(bench: Bench) -> None:
+    deaf = bench.folder / "deaf"
+    deaf.touch()
+    plan = await bench.plan(fake=f"deaf-if={deaf}")(lambda _: None)
+    assert isinstance(plan, Plan)
+    own = replace(plan, record=plan.record.model_copy(update={"limits": Limits(start_s=0.2)}))
+
+    async def prepare(progress: Callable[[float], None]) -> Plan | Failure:
+        return own
+
+    engine = Engine(bench.records, None, lambda: None)
+    failure = await engine.start(prepare, 0)
+    assert failure is not None
+    assert failure.sentence == "the engine did not answer within 0.2 s"
+
+
 async def test_an_engine_that_is_told_to_stop_while_it_starts_is_gone_at_once(
     bench: Bench,
 ) -> None:

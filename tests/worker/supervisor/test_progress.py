@@ -48,7 +48,7 @@ def test_metrics_that_do_not_come_are_no_progress() -> None:
     progress = Progress()
     progress.see_silence(100)
     progress.see_silence(130)
-    assert progress.still_s(140) == 40
+    assert (progress.still_s(140), progress.requests) == (40, None)
     progress.see(seen(1, tokens=5), 150)
     assert progress.still_s(150) == 0
     progress.see_silence(170)
