@@ -8,6 +8,7 @@ What it does is told by FAKE in its environment (`VersionSpec.env`), words separ
     busy-if=PATH     its metrics tell of a request while PATH exists; each look at them is logged
     delay=SECONDS    wait before listening
     post=STATUS      answer requests for work with STATUS and a sentence
+    later-if=PATH    while PATH exists requests for work get 503
     held-if=PATH     while PATH exists requests for work are never answered
     still-if=PATH    while PATH exists its count of work done stays as it is
     stubborn         it and a child of it ignore SIGTERM; the child's pid is in the log
@@ -79,6 +80,7 @@ while True:
         if there("held-if"):
             held.append(peer)
             continue
+        if there("later-if"): status = "503 Later"
         if "post" in told:
             status = told["post"] + " X"
             body = '{"error": {"message": "head_dim=16 is not supported"}}'

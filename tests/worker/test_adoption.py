@@ -219,7 +219,7 @@ async def test_what_is_left_of_a_dead_engine_is_ended_before_its_instance_starts
     (clear,) = adoption.find(Records(node.data_dir)).strays
     assert clear.record == record  # kept until it is gone: the next agent may have to go on
     so_far = len(plane.reports)
-    async with node.agent(limits=replace(QUICK_LIMITS, stop_s=1.0)):
+    async with node.agent(limits=replace(QUICK_LIMITS, stop_s=0.5)):
         while left in (seen := node.engines()):
             assert seen == [left]
             await asyncio.sleep(0.01)

@@ -279,7 +279,7 @@ async def test_a_port_is_not_given_away_while_anything_of_its_engine_lives(
 ) -> None:
     first_port = node.flags["service_port_range"].partition("-")[0]
     node.flags["service_port_range"] = f"{first_port}-{first_port}"
-    limits = replace(QUICK_LIMITS, stop_s=1.0)
+    limits = replace(QUICK_LIMITS, stop_s=0.5)
     async with node.agent(policy=Policy(first_s=0.05, limit_s=0.05), limits=limits):
         await plane.assign(assigned(1, node.spec("stubborn away")))
         first = await plane.until_state(1, RUNNING)

@@ -121,9 +121,9 @@ async def test_an_engine_that_stands_still_is_restarted_with_evidence(
 async def test_an_engine_busy_with_a_long_prompt_is_left_alone(
     bare: Node, plane: ControlPlane, tmp_path: Path
 ) -> None:
-    tokens = 8_000
+    tokens = 10_000
     model = tiny_gguf.write(tmp_path / "chat.gguf", context=2**14, layers=8)
-    limits = replace(LIMITS, look_s=0.2, stuck_s=1.5, probe_s=0.1, patience_s=10)
+    limits = replace(LIMITS, look_s=0.2, stuck_s=3, probe_s=0.1, patience_s=10)
     small = ["--threads=1", "--ctx-size=16384", "--parallel=1", "--batch-size=64"]
     async with bare.agent(limits=limits):
         await plane.assign(assigned(1, spec(model, backend_parameters=small)))
