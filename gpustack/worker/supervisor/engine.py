@@ -112,7 +112,11 @@ class Engine:
             except (OSError, ValueError) as error:  # ValueError: a zero byte in the command
                 self._records.remove(plan.record.uid)
                 return Failure(Trouble.SPAWN, f"cannot run {plan.record.argv[0]}: {error}")
-            return await self._tend(record, plan.secret, child)
+            try:
+                return await self._tend(record, plan.secret, child)
+            finally:
+                if child.returncode is None:
+                    child.returncode = 0  # let go: Popen's finaliser would complain about it
         finally:
             self._done.set()
 
@@ -189,9 +193,7 @@ class Engine:
         try:
             failure = await self._until_over(record, secret, child)
         except asyncio.CancelledError:
-            if child is not None:
-                child.returncode = 0  # let go: Popen's finaliser would complain about it
-            raise
+            raise  # let go
         except BaseException:
             await self._end(record, child)
             raise
