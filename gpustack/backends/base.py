@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 from gpustack.schemas.models import VersionSpec
 from gpustack.schemas.profiles import Profile
@@ -49,18 +49,69 @@ class Slot:
 
 
 @dataclass(frozen=True, slots=True)
+class Limits:
+    """How long an engine may take, seconds. A backend says what is different for its engine.
+
+    Attributes:
+        start_s: from its spawn to its first answer at the health path.
+        first_s: for the first real request. What an engine compiles or reads from a cold disk
+            only then is in it.
+        stop_s: from SIGTERM to SIGKILL.
+        poll_s: between two questions whether it still answers.
+        patience_s: for the answer to such a question. A llama.cpp under 200 streams was seen to
+            take 9 s: an engine that is busy must not be taken for one that hangs.
+        misses: unanswered questions in a row that make it unhealthy.
+        look_s: between two looks at its metrics.
+        stuck_s: so long its requests may make no progress before it is asked a real request.
+        probe_s: for that request. Answered in time, or with progress meanwhile, it is but busy.
+        hear_s: gateways that are late to hear that it is to go still send it requests this long.
+        drain_s: for the requests that it is answering to end before it is ended.
+    """
+
+    start_s: float = 600.0
+    first_s: float = 300.0
+    stop_s: float = 10.0
+    poll_s: float = 5.0
+    patience_s: float = 30.0
+    misses: int = 3
+    look_s: float = 30.0
+    stuck_s: float = 600.0
+    probe_s: float = 60.0
+    hear_s: float = 1.0
+    drain_s: float = 600.0
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeRequest:
+    """The smallest request that makes an engine do its real work.
+
+    Attributes:
+        body: what is sent as JSON; `model` in it is the served name.
+    """
+
+    path: str
+    body: Mapping[str, Any]
+    method: str = "POST"
+
+
+@dataclass(frozen=True, slots=True)
 class Launch:
     """A process to start. Data only: `worker.supervisor` is what runs it.
 
     Attributes:
         busy_gauges: metrics at /metrics whose sum is the number of requests that it has; empty:
             nobody can tell.
+        progress_counters: metrics there of which one grows while it works on any of them.
+        probe: must be answered before the engine counts as running; None: its health path is all.
     """
 
     argv: tuple[str, ...]
     env: Mapping[str, str] = field(default_factory=dict)
     health_path: str = "/health"
     busy_gauges: tuple[str, ...] = ()
+    progress_counters: tuple[str, ...] = ()
+    probe: ProbeRequest | None = None
+    limits: Limits = Limits()
 
 
 class Backend(Protocol):

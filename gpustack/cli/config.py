@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from gpustack.cli.start import StartCommand, loaded_or_exit, start_options
+from gpustack.cli.start import StartCommand, doubts, loaded_or_exit, start_options
 from gpustack.cli.tables import aligned, as_json
 from gpustack.config.load import DEFAULT, Loaded
 from gpustack.config.options import defaults, options
@@ -24,7 +24,7 @@ def check(**given: Any) -> None:
     from gpustack.gateway.tls import Certificate  # help needs none of it
 
     loaded = loaded_or_exit(given)
-    for warning in (*loaded.warnings, *Certificate.check(loaded.settings)):
+    for warning in (*loaded.warnings, *doubts(loaded), *Certificate.check(loaded.settings)):
         click.echo(f"Warning: {warning}", err=True)
 
 

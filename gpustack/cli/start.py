@@ -5,18 +5,19 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from gpustack.cli.here import here, node_on, place
-from gpustack.config import load
+from gpustack.config import checks, load
 from gpustack.config.load import Loaded
 from gpustack.config.options import Option, Settings, defaults, options, shown_default
 from gpustack.errors import SettingsError
 from gpustack.lib import logs
+from gpustack.lib.platform import outgoing_ports
 
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
@@ -94,6 +95,11 @@ def loaded_from(
     return load.load(flags, os.environ, overrides)
 
 
+def doubts(loaded: Loaded) -> Iterator[str]:
+    """What of the settings may fail on this machine one day."""
+    return checks.doubtful(loaded.settings, loaded.origins, outgoing_ports())
+
+
 def loaded_or_exit(given: dict[str, Any]) -> Loaded:
     """The effective settings, or exit 1 with a line for each mistake."""
     try:
@@ -108,7 +114,7 @@ def start(**given: Any) -> None:
     """Start a node: a server with its worker, or with --server-url a worker alone."""
     loaded = loaded_or_exit(given)
     logs.setup("launcher", debug=loaded.settings.debug)
-    for warning in loaded.warnings:
+    for warning in (*loaded.warnings, *doubts(loaded)):
         logger.warning("%s", warning)
     from gpustack.cli.launcher import run  # help needs none of it
 

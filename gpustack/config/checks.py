@@ -2,7 +2,7 @@
 
 import importlib.util
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import combinations
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 from gpustack.config import resources, saml
 from gpustack.config.option import PortRange
-from gpustack.config.options import Settings, defaults
+from gpustack.config.options import WAITING, Settings, defaults
 from gpustack.lib.net import interface_address, is_loopback, without_credentials
 from gpustack.lib.secrets import Secret
 
@@ -148,6 +148,42 @@ def unusable(settings: Settings, origins: Origins) -> Iterator[str]:
             f"{_name('data_dir', origins)}: {there} is not writable for this user: give a "
             "--data-dir that is, or run as a user who may write there"
         )
+
+
+def doubtful(
+    settings: Settings, origins: Origins, outgoing: tuple[range, frozenset[int]] | None
+) -> Iterator[str]:
+    """A sentence on what works most of the time, and one day does not.
+
+    Args:
+        outgoing: `lib.platform.outgoing_ports`.
+    """
+    if outgoing is None:
+        return
+    given, reserved = outgoing
+    names, wanted = [], set(reserved)
+    for claim in _claims(settings):
+        ports = range(claim.ports.first, claim.ports.last + 1)
+        if claim.key not in WAITING and any(p in given and p not in reserved for p in ports):
+            names.append(f"{_name(claim.key, origins)} {claim}")
+            wanted.update(ports)
+    if names:
+        yield (
+            f"{' and '.join(names)}: this system gives ports {given.start}-{given.stop - 1} to "
+            "outgoing connections, so one may be taken when it is needed. Keep them back: "
+            f"sysctl -w net.ipv4.ip_local_reserved_ports={_spans(wanted)}"
+        )
+
+
+def _spans(ports: Iterable[int]) -> str:
+    """Ports as the kernel writes them: 1,5-7."""
+    spans: list[list[int]] = []
+    for port in sorted(ports):
+        if spans and port == spans[-1][1] + 1:
+            spans[-1][1] = port
+        else:
+            spans.append([port, port])
+    return ",".join(f"{first}-{last}" if first != last else f"{first}" for first, last in spans)
 
 
 def _authority(settings: Settings, origins: Origins) -> Iterator[str]:

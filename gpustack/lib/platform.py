@@ -11,6 +11,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Coroutine
+from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
@@ -237,6 +238,30 @@ def kill_group(group: int, *, force: bool) -> None:
             os.killpg(group, signal.SIGKILL if force else signal.SIGTERM)
 
 
+def oom_kills() -> int | None:
+    """How many processes the kernel has ended for lack of memory; None where it does not say.
+
+    Of our own control group where that counts, else of the whole machine.
+    """
+    for path in (_memory_events(), Path("/proc/vmstat")):
+        with contextlib.suppress(OSError, ValueError):
+            if path is not None:
+                for line in path.read_text().splitlines():
+                    if line.startswith("oom_kill "):
+                        return int(line.split()[1])
+    return None
+
+
+@lru_cache(maxsize=1)
+def _memory_events() -> Path | None:
+    """The counts of our control group; the topmost one has none."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            if line.startswith("0::/"):
+                return Path(f"/sys/fs/cgroup/{line[4:].lstrip('/')}/memory.events")
+    return None
+
+
 async def wait_exit(pid: int) -> None:
     """Return when `pid`, child of ours or not, is no longer alive.
 
@@ -316,6 +341,24 @@ def notice_dead_peer(connection: socket.socket, *, unacknowledged_s: float | Non
         number = getattr(socket, name, None)  # each system has some of them
         if number is not None:
             connection.setsockopt(socket.IPPROTO_TCP, number, value)
+
+
+def outgoing_ports() -> tuple[range, frozenset[int]] | None:
+    """The ports that this system gives to whoever connects, and those among all that it keeps back.
+
+    None where it does not say.
+    """
+    folder = Path("/proc/sys/net/ipv4")
+    try:
+        first, last = map(int, (folder / "ip_local_port_range").read_text().split())
+        kept = (folder / "ip_local_reserved_ports").read_text().strip()
+    except (OSError, ValueError):
+        return None
+    reserved: set[int] = set()
+    for item in filter(None, kept.split(",")):
+        low, _, high = item.partition("-")
+        reserved.update(range(int(low), int(high or low) + 1))
+    return range(first, last + 1), frozenset(reserved)
 
 
 def read_json_line(fd: int) -> dict[str, Any]:

@@ -14,8 +14,8 @@ class InstanceState(StrEnum):
     PENDING = "pending"  # no worker chosen yet; `reasons` says why
     SCHEDULED = "scheduled"  # a worker is chosen and has not yet said anything
     DOWNLOADING = "downloading"  # the worker fetches the model's files
-    STARTING = "starting"  # the engine's process is there and does not answer yet
-    RUNNING = "running"  # the engine answers requests
+    STARTING = "starting"  # the engine's process is there and has answered no request yet
+    RUNNING = "running"  # the engine has answered a real request
     ERROR = "error"  # the engine failed; state_message has its last words; tried again later
     STOPPING = "stopping"  # to be gone: the engine is being ended
     UNREACHABLE = "unreachable"  # its worker is silent; the engine may well be running

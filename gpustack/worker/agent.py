@@ -209,7 +209,7 @@ def _control(
         launches=launches,
         leases=leases,
         policy=policy or Policy(),
-        limits=limits or Limits(),
+        limits=limits,
     )
     control.adopt(adoption.find(records))
     return control

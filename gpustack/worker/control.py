@@ -3,6 +3,7 @@
 import asyncio
 import logging
 from collections.abc import Callable, Coroutine
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -29,7 +30,7 @@ from gpustack.worker.reconcile import (
     decide,
 )
 from gpustack.worker.reports import Reports
-from gpustack.worker.supervisor.adoption import Found
+from gpustack.worker.supervisor.adoption import Found, Stray
 from gpustack.worker.supervisor.engine import Engine, Limits, Plan
 from gpustack.worker.supervisor.groups import end_group
 from gpustack.worker.supervisor.records import Record, Records
@@ -41,6 +42,9 @@ class Control:
     """Owns the engines of this worker: one task of `group` each.
 
     Cancelling the group lets go of all engines; `stop_all` ends them.
+
+    Args:
+        limits: for every engine, instead of those that its backend says.
     """
 
     def __init__(
@@ -53,7 +57,7 @@ class Control:
         launches: Launches,
         leases: PortLeases,
         policy: Policy,
-        limits: Limits,
+        limits: Limits | None,
     ) -> None:
         self._group = group
         self._desired = desired
@@ -67,6 +71,7 @@ class Control:
         self._stopped: set[int] = set()
         self._ports: dict[int, int] = {}
         self._owners: set[asyncio.Task[None]] = set()
+        self._clearing: dict[asyncio.Task[None], int | None] = {}
         self._leaving = False
         self._changed = asyncio.Event()
         self._now = asyncio.get_running_loop().time
@@ -114,11 +119,8 @@ class Control:
         for record in found.dead:
             logger.info("the engine of %s ended while no agent ran", record.instance_name)
             self._memory.put(record.instance_id, _ended_unseen(record))
-        for group in found.strays:
-            logger.warning("ending process group %d: an engine without a record", group)
-            ending = self._group.create_task(end_group(group, limit_s=self._limits.stop_s))
-            self._owners.add(ending)
-            ending.add_done_callback(self._owners.discard)
+        for stray in found.strays:
+            self._clear(stray)
 
     async def run(self) -> None:
         """Decide and act at each change, until cancelled."""
@@ -145,6 +147,8 @@ class Control:
             engine.ask_to_stop()
         for engine in list(self._engines.values()):
             await engine.stop()
+        if self._clearing:
+            await asyncio.wait(self._clearing)
         for id, count in counts.items():
             said = InstanceStatus(
                 state=InstanceState.ERROR,
@@ -156,7 +160,7 @@ class Control:
     def let_go(self) -> None:
         """Own no engine any more; those that run keep running."""
         self._leaving = True
-        for owner in self._owners:
+        for owner in (*self._owners, *self._clearing):
             owner.cancel()
 
     # --- carrying out ----------------------------------------------------------------------
@@ -168,7 +172,7 @@ class Control:
             World(
                 desired=self._desired.instances,
                 synced=self._desired.synced,
-                engines={id: engine.observed for id, engine in self._engines.items()},
+                engines=self._observed(),
                 attempts=self._memory.attempts,
                 stopped=self._stopped,
                 now=self._now(),
@@ -179,11 +183,52 @@ class Control:
                 case Start(instance, restart_count):
                     self._start(instance, restart_count)
                 case Stop(instance_id, drain):
-                    engine = self._engines[instance_id]
-                    engine.ask_to_drain() if drain else engine.ask_to_stop()
+                    if (engine := self._engines.get(instance_id)) is not None:
+                        engine.ask_to_drain() if drain else engine.ask_to_stop()
                 case Report(instance_id, status):
                     self.reports.put(instance_id, status)
         return decision.again_at
+
+    def _observed(self) -> dict[int, Observed]:
+        """Every engine; what is left of one counts as one that is being ended."""
+        ending = {id: Observed(Phase.ENDING) for id in self._clearing.values() if id is not None}
+        return ending | {id: engine.observed for id, engine in self._engines.items()}
+
+    def _clear(self, stray: Stray) -> None:
+        """End what is left of an engine. Until then its port is held, and its instance waits."""
+        record = stray.record
+        if record is not None:
+            self._leases.hold(record.port)
+        of = f"an engine of {record.instance_name}" if record else "an engine without a record"
+        logger.warning("ending what is left of %s: process groups %s", of, sorted(stray.groups))
+        clearing = self._group.create_task(self._until_cleared(stray))
+        self._clearing[clearing] = record.instance_id if record else None
+
+        def cleared(task: asyncio.Task[None]) -> None:
+            del self._clearing[task]
+            self.wake()
+
+        clearing.add_done_callback(cleared)
+
+    async def _until_cleared(self, stray: Stray) -> None:
+        limits = self._limits or (stray.record.limits if stray.record else Limits())
+        for group in stray.groups:
+            await end_group(group, limit_s=limits.stop_s)
+        if stray.record is not None:
+            self._records.remove(stray.record.uid)
+            self._release(stray.record.port)
+
+    def _release(self, port: int) -> None:
+        """The port's engine is gone: whoever waits longest for one may try again now."""
+        self._leases.release(port)
+        waiting = {
+            id: attempts
+            for id, attempts in self._memory.attempts.items()
+            if attempts.failure.trouble is Trouble.NO_PORT and id in self._desired.instances
+        }
+        if waiting:
+            first = min(waiting, key=lambda id: waiting[id].retry_at)
+            self._memory.put(first, replace(waiting[first], retry_at=self._now()))
 
     def _start(self, instance: AssignedInstance, restart_count: int) -> None:
         engine = self._engine(instance.id)
@@ -229,9 +274,9 @@ class Control:
             except Exception as error:  # one engine's trouble must not end the others
                 logger.exception("the owner of an engine failed")
                 failure = Failure(Trouble.SPAWN, f"the agent failed: {error!r}")
-            if (port := self._ports.pop(instance_id, None)) is not None:
-                self._leases.release(port)
             del self._engines[instance_id]
+            if (port := self._ports.pop(instance_id, None)) is not None:
+                self._release(port)
             if failure is None:
                 logger.info("stopped")
                 self._stopped.add(instance_id)

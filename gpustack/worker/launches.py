@@ -113,6 +113,9 @@ class Launches:
             argv=list(launch.argv),
             health_path=launch.health_path,
             busy_gauges=list(launch.busy_gauges),
+            progress_counters=list(launch.progress_counters),
+            probe=launch.probe,
+            limits=launch.limits,
             restart_count=restart_count,
             boot_id=platform.boot_id(),
         )

@@ -7,6 +7,7 @@ repeated hint changes nothing. `worker.control` carries decisions out.
 from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from typing import Final
 
 from gpustack.lib.backoff import delay_s
 from gpustack.lib.text import plain
@@ -20,7 +21,7 @@ class Phase(StrEnum):
     PREPARING = "preparing"  # a port, a program and its files are looked for; no process yet
     DOWNLOADING = "downloading"  # its files are being fetched; no process yet
     STARTING = "starting"  # its process is there, or about to be, and does not answer yet
-    RUNNING = "running"  # it answers
+    RUNNING = "running"  # it has answered a real request
     ENDING = "ending"  # its processes are being ended: it failed, or was told to stop
 
 
@@ -34,7 +35,12 @@ class Trouble(StrEnum):
     SPAWN = "spawn"  # the command cannot be run at all
     EXITED = "exited"  # it ended by itself
     NOT_READY = "not_ready"  # it did not answer within the start-up limit
-    UNHEALTHY = "unhealthy"  # it answered, then no longer
+    UNFIT = "unfit"  # it answers at its health path and fails requests
+    UNHEALTHY = "unhealthy"  # it answered, then no longer, or got no request done
+
+
+#: Nothing was started: such an instance is tried again even if it must not restart.
+PORT_TROUBLES: Final = frozenset({Trouble.NO_PORT, Trouble.PORT_TAKEN})
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,10 +210,11 @@ def _idle(
         yield Start(instance, first_count(instance))
         return
     is_new = attempts.generation != instance.generation
-    if is_new or (instance.restart_on_error and attempts.retry_at <= now):
+    may_again = instance.restart_on_error or attempts.failure.trouble in PORT_TROUBLES
+    if is_new or (may_again and attempts.retry_at <= now):
         yield Start(instance, attempts.next_count)
         return
-    if instance.restart_on_error:
+    if may_again:
         again.append(attempts.retry_at)
     yield Report(
         instance.id,

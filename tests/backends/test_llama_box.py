@@ -1,5 +1,6 @@
 """llama-box: what it needs, and how it is started."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -92,3 +93,29 @@ def test_a_repository_is_for_llama_box_by_its_file_or_else_its_name(
         source=Source.HUGGING_FACE, huggingface_repo_id=repo, huggingface_filename=file
     )
     assert LlamaBox().runs(from_hub) is ours
+
+
+@pytest.mark.parametrize(
+    ("facts", "path", "asks"),
+    [
+        ({}, "/v1/completions", "prompt"),
+        ({"categories": ["llm"]}, "/v1/completions", "prompt"),
+        ({"categories": ["embedding"]}, "/v1/embeddings", "input"),
+        ({"categories": ["llm", "reranker"]}, "/v1/rerank", "query"),
+        ({"backend_parameters": ["--embeddings"]}, "/v1/embeddings", "input"),
+        ({"backend_parameters": ["--reranking"]}, "/v1/rerank", "query"),
+    ],
+)
+def test_the_probe_request_is_of_what_the_engine_was_started_for(
+    facts: dict[str, Any], path: str, asks: str
+) -> None:
+    probe = LlamaBox().launch(spec(**facts), SLOT).probe
+    assert probe is not None
+    assert (probe.method, probe.path, probe.body["model"]) == ("POST", path, "qwen")
+    assert asks in probe.body
+
+
+def test_an_engine_on_a_cpu_may_be_silent_longer_than_one_on_a_gpu() -> None:
+    on_cpu = LlamaBox().launch(spec(), SLOT).limits
+    on_gpu = LlamaBox().launch(spec(), replace(SLOT, devices=(0,))).limits
+    assert on_cpu.stuck_s > on_gpu.stuck_s

@@ -11,7 +11,16 @@ from tests.support.certificate import Issued, expire, issue
 
 def check(data_dir: Path, certificate: Issued) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "gpustack", "config", "check", *certificate.options],
+        [
+            sys.executable,
+            "-m",
+            "gpustack",
+            "config",
+            "check",
+            "--service-port-range",
+            "20000-20063",
+            *certificate.options,
+        ],
         env=environment(data_dir),
         capture_output=True,
         text=True,

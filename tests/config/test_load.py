@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from gpustack.config import checks, values
 from gpustack.config import load as loading
-from gpustack.config import values
 from gpustack.config.load import from_json, to_json
 from gpustack.config.options import Option, PortRange, Settings, options
 from gpustack.config.values import setting_shown
@@ -405,3 +405,37 @@ def test_what_this_user_may_not_use_is_said_before_the_start(nobody: Path) -> No
 def test_every_flag_is_its_fields_name() -> None:
     assert all(known.flag == "--" + known.key.replace("_", "-") for known in options())
     assert len({known.flag for known in options()}) == len(list(options()))
+
+
+OUTGOING = (range(32768, 61000), frozenset({8080, *range(40000, 40010)}))
+
+
+def doubts(flags: Mapping[str, Any], outgoing: Any = OUTGOING) -> list[str]:
+    loaded = loading.load(flags, {})
+    return list(checks.doubtful(loaded.settings, loaded.origins, outgoing))
+
+
+def test_ports_that_the_system_gives_to_others_are_named_with_the_way_out() -> None:
+    (doubt,) = doubts({"worker_port": "40150"})
+    assert doubt == (
+        "--worker-port 40150 and --service-port-range (default) 40000-40063: this system gives "
+        "ports 32768-60999 to outgoing connections, so one may be taken when it is needed. Keep "
+        "them back: sysctl -w net.ipv4.ip_local_reserved_ports=8080,40000-40063,40150"
+    )
+    assert "--service-port-range 60990-61005:" in doubts({"service_port_range": "60990-61005"})[0]
+
+
+@pytest.mark.parametrize(
+    ("flags", "outgoing"),
+    [
+        ({"service_port_range": "20000-20063"}, OUTGOING),
+        ({"service_port_range": "40000-40009"}, OUTGOING),  # kept back
+        ({}, (range(32768, 61000), frozenset(range(40000, 40064)))),
+        ({}, None),  # a system that does not say
+        ({"disable_worker": True}, OUTGOING),
+    ],
+)
+def test_ports_that_nobody_else_gets_are_not_doubted(
+    flags: Mapping[str, Any], outgoing: Any
+) -> None:
+    assert doubts(flags, outgoing) == []

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -164,3 +165,26 @@ async def test_log_context_follows_child_tasks() -> None:
         async with asyncio.TaskGroup() as group:
             group.create_task(child())
     assert record.__dict__["facts"] == " instance=7"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not say")
+def test_the_ports_that_the_system_gives_away_are_known() -> None:
+    outgoing = platform.outgoing_ports()
+    assert outgoing is not None
+    given, _ = outgoing
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        assert one.getsockname()[1] in given
+    script = (
+        "from pathlib import Path; from gpustack.lib import platform; "
+        "net = Path('/proc/sys/net/ipv4'); "
+        "(net / 'ip_local_port_range').write_text('30000 30999'); "
+        "(net / 'ip_local_reserved_ports').write_text('8080,30010-30012'); "
+        "given, kept = platform.outgoing_ports(); print(given, sorted(kept))"
+    )
+    elsewhere = subprocess.run(
+        ["unshare", "--net", sys.executable, "-c", script], capture_output=True, text=True
+    )
+    if elsewhere.returncode:
+        pytest.skip("no network namespace can be made here")
+    assert elsewhere.stdout == "range(30000, 31000) [8080, 30010, 30011, 30012]\n"

@@ -7,7 +7,12 @@ What it does is told by FAKE in its environment (`VersionSpec.env`), words separ
     deaf-if=PATH     answer 503 while PATH exists
     busy-if=PATH     its metrics tell of a request while PATH exists; each look at them is logged
     delay=SECONDS    wait before listening
+    post=STATUS      answer requests for work with STATUS and a sentence
+    later-if=PATH    while PATH exists requests for work get 503
+    held-if=PATH     while PATH exists requests for work are never answered
+    still-if=PATH    while PATH exists its count of work done stays as it is
     stubborn         it and a child of it ignore SIGTERM; the child's pid is in the log
+    away             the child has left the engine's process group
     say=TEXT         print TEXT first
     child            start a child in the same process group, and fail when that ends
     child-apart      the same, in a session of the child's own
@@ -43,6 +48,7 @@ if "exit-if" in told and os.path.exists(told["exit-if"]): fail(1)
 if "stubborn" in told:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if os.fork() == 0:
+        if "away" in told: os.setsid()
         say("grandchild", os.getpid())
         while True: time.sleep(60)
 if "child" in told or "child-apart" in told:
@@ -59,10 +65,11 @@ except OSError as error:
     say(error)
     sys.exit(1)
 listener.listen(256)
-def chat(peer, head, body):
+held, work = [], 0
+def there(word):
+    return word in told and os.path.exists(told[word])
+def chat(peer, body):
     import json
-    length = int(head.lower().partition(b"content-length:")[2].split(b"\\r\\n")[0])
-    while len(body) < length: body += peer.recv(65536)
     asked = json.loads(body)
     prompt = (asked["messages"] or [{"content": ""}])[-1]["content"]
     texts = [f"{prompt}/{n} " for n in range(asked.get("max_tokens", 1))]
@@ -83,29 +90,44 @@ def chat(peer, head, body):
     chunk(b"data: [DONE]\\n\\n")
     chunk(b"")
 def answer(peer):
+    global work
     head = b""
     while b"\\r\\n\\r\\n" not in head:
         more = peer.recv(4096)
         if not more: break
         head += more
+    rest = head.partition(b"\\r\\n\\r\\n")[2]
+    sized = head.lower().partition(b"content-length: ")[2].split(b"\\r")[0]
+    while sized and len(rest) < int(sized): rest += peer.recv(4096)
     status = "200 OK"
     if f"authorization: bearer {secret}".encode() not in head.lower(): status = "401 No"
-    elif "deaf-if" in told and os.path.exists(told["deaf-if"]): status = "503 Busy"
+    elif there("deaf-if"): status = "503 Busy"
     body = ""
     if head.startswith(b"GET /metrics "):
         say("metrics")
-        busy = "busy-if" in told and os.path.exists(told["busy-if"])
-        body = f"# gauge\\nllamacpp:requests_processing {busy:d}\\n"
-    elif head.startswith(b"POST /v1/chat/completions ") and status == "200 OK":
-        body = chat(peer, *head.split(b"\\r\\n\\r\\n", 1))
-        if body is None: return
+        work += not there("still-if")
+        body = f"# gauge\\nllamacpp:requests_processing {there('busy-if'):d}\\n"
+        body += f"llamacpp:n_decode_total {work}\\n"
+    elif head.startswith(b"POST "):
+        say("asked", head.split()[1].decode(), rest.decode())
+        if there("held-if"):
+            held.append(peer)
+            return
+        if there("later-if"): status = "503 Later"
+        if "post" in told:
+            status = told["post"] + " X"
+            body = '{"error": {"message": "head_dim=16 is not supported"}}'
+        elif head.startswith(b"POST /v1/chat/completions ") and status == "200 OK":
+            body = chat(peer, rest)
+            if body is None: return
     kind = "application/json" if body.startswith("{") else "text/plain"
     peer.sendall(f"HTTP/1.1 {status}\\r\\ncontent-type: {kind}\\r\\nconnection: close\\r\\n"
                  f"content-length: {len(body)}\\r\\n\\r\\n{body}".encode())
 def serve(peer):
     try: answer(peer)
     except OSError: pass  # it has left
-    finally: peer.close()
+    finally:
+        if peer not in held: peer.close()
 while True:
     _thread.start_new_thread(serve, (listener.accept()[0],))
 """

@@ -1,20 +1,25 @@
 """Agents die; their engines do not. Real agent processes, killed for real."""
 
+import asyncio
 import os
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
+
+import pytest
 
 from gpustack.lib import platform
 from gpustack.lib.role import Leave
 from gpustack.lib.secrets import Secret
 from gpustack.schemas.instances import InstanceState
+from gpustack.worker.supervisor import adoption
 from gpustack.worker.supervisor.records import HOME_VARIABLE, UID_VARIABLE, Records
 from tests.support.control_plane import ControlPlane, assigned, listening
 from tests.support.ports import free_ports
-from tests.support.worker_node import Node, eventually
+from tests.support.worker_node import QUICK_LIMITS, Node, eventually
 
 RUNNING, GONE = InstanceState.RUNNING, InstanceState.GONE
 
@@ -197,6 +202,83 @@ async def test_a_record_of_an_earlier_boot_is_nobodys(node: Node, plane: Control
     assert record.is_alive
     assert not record.model_copy(update={"boot_id": "another"}).is_alive
     assert not record.model_copy(update={"start_ticks": 1}).is_alive
+
+
+@pytest.mark.parametrize(
+    "child", [pytest.param("stubborn", marks=pytest.mark.slow), "stubborn away"]
+)
+async def test_what_is_left_of_a_dead_engine_is_ended_before_its_instance_starts_again(
+    node: Node, plane: ControlPlane, child: str
+) -> None:
+    async with node.agent(leave=Leave.ORPHANED):
+        await plane.assign(assigned(1, node.spec(child)))
+        first = await plane.until_state(1, RUNNING)
+    assert first.pid
+    kill_child(first.pid)  # while no agent runs; its child ignores SIGTERM
+    (left,) = node.engines()
+    (record,) = Records(node.data_dir).all()
+    (clear,) = adoption.find(Records(node.data_dir)).strays
+    assert clear.record == record  # kept until it is gone: the next agent may have to go on
+    so_far = len(plane.reports)
+    async with node.agent(limits=replace(QUICK_LIMITS, stop_s=0.5)):
+        while left in (seen := node.engines()):
+            assert seen == [left]
+            await asyncio.sleep(0.01)
+        again = await plane.until_state(1, RUNNING, after=so_far)
+        assert (again.pid != first.pid, again.restart_count) == (True, 1)
+        assert [one.uid for one in Records(node.data_dir).all()] != [record.uid]
+
+
+async def test_a_node_that_stops_ends_what_is_left_of_dead_engines_too(
+    node: Node, plane: ControlPlane
+) -> None:
+    async with node.agent(leave=Leave.ORPHANED):
+        await plane.assign(assigned(1, node.spec("stubborn away")))
+        first = await plane.until_state(1, RUNNING)
+    assert first.pid
+    kill_child(first.pid)
+    assert len(node.engines()) == 1
+    async with node.agent(limits=replace(QUICK_LIMITS, stop_s=0.2)):
+        pass  # told to stop at once
+    assert node.engines() == []
+
+
+async def test_of_two_engines_of_one_instance_one_is_ended(node: Node, plane: ControlPlane) -> None:
+    async with node.agent(leave=Leave.ORPHANED):
+        await plane.assign(assigned(1, node.spec()))
+        await plane.assign(assigned(2, node.spec()))
+        await plane.until_state(1, RUNNING)
+        await plane.until_state(2, RUNNING)
+    records = Records(node.data_dir)
+    for record in list(records.all()):
+        records.put(record.model_copy(update={"instance_id": 1}))
+    del plane.instances[2]
+    found = adoption.find(records)
+    assert (len(found.alive), len(found.dead), len(found.strays)) == (1, 0, 1)
+    async with node.agent(leave=Leave.ORPHANED):
+        await eventually(lambda: node.engines() == [found.alive[0].pid])
+    assert [record.uid for record in records.all()] == [found.alive[0].uid]
+
+
+async def test_a_record_of_an_earlier_boot_is_dropped_and_its_pid_left_alone(
+    node: Node, plane: ControlPlane
+) -> None:
+    async with node.agent(leave=Leave.ORPHANED):
+        await plane.assign(assigned(1, node.spec()))
+        first = await plane.until_state(1, RUNNING)
+    assert first.pid
+    kill_child(first.pid)
+    (record,) = Records(node.data_dir).all()
+    so_far = len(plane.reports)
+    with a_stranger() as stranger:
+        # After a reboot start times begin anew: pid and start time may agree by chance.
+        same = {"pid": stranger.pid, "start_ticks": platform.start_ticks(stranger.pid)}
+        Records(node.data_dir).put(record.model_copy(update={**same, "boot_id": "another"}))
+        async with node.agent():
+            again = await plane.until_state(1, RUNNING, after=so_far)
+            assert again.pid != stranger.pid
+        assert stranger.poll() is None
+        stranger.communicate(b"\n")
 
 
 async def test_engines_of_ours_without_a_record_are_ended_and_others_are_not(

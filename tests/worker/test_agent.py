@@ -3,6 +3,7 @@ import os
 import re
 import signal
 import socket
+from dataclasses import replace
 
 import psutil
 import pytest
@@ -13,7 +14,7 @@ from gpustack.schemas.models import Source
 from gpustack.worker.reconcile import Policy
 from tests.support.control_plane import ControlPlane, assigned
 from tests.support.fake_hub import fake_hub
-from tests.support.worker_node import Node, eventually
+from tests.support.worker_node import QUICK_LIMITS, Node, eventually
 
 RUNNING, ERROR, GONE = InstanceState.RUNNING, InstanceState.ERROR, InstanceState.GONE
 
@@ -25,6 +26,7 @@ async def test_an_instance_is_started_and_reported_state_by_state(
         await plane.assign(assigned(1, node.spec()))
         status = await plane.until_state(1, RUNNING)
         assert plane.states(1) == ["starting", "running"]
+        assert 'asked /v1/completions {"model":"m",' in node.log(1)
         assert node.engines() == [status.pid]
         assert status.restart_count == 0
 
@@ -250,3 +252,44 @@ async def test_no_zombie_is_left_of_an_engine(node: Node, plane: ControlPlane) -
         await plane.remove(1)
         await plane.until_state(1, GONE)
         await eventually(lambda: not os.path.exists(f"/proc/{status.pid}"))
+
+
+@pytest.mark.parametrize("restarts", [True, False])
+async def test_a_range_used_up_is_a_reason_and_a_port_that_comes_free_ends_it(
+    node: Node, plane: ControlPlane, restarts: bool
+) -> None:
+    first_port = node.flags["service_port_range"].partition("-")[0]
+    node.flags["service_port_range"] = f"{first_port}-{first_port}"
+    async with node.agent(policy=Policy(first_s=60)):
+        await plane.assign(assigned(1, node.spec()))
+        await plane.until_state(1, RUNNING)
+        await plane.assign(assigned(2, node.spec(), restart_on_error=restarts))
+        waiting = await plane.until_state(2, InstanceState.ERROR)
+        assert waiting.state_message == (
+            f"no free port in {first_port}-{first_port}: 1 of 1 are held by engines of this "
+            "worker; widen --service-port-range"
+        )
+        await plane.change(1, deleting=True)
+        started = await plane.until_state(2, RUNNING)  # long before a minute is over
+        assert (started.port, started.restart_count) == (int(first_port), 0)
+
+
+async def test_a_port_is_not_given_away_while_anything_of_its_engine_lives(
+    node: Node, plane: ControlPlane
+) -> None:
+    first_port = node.flags["service_port_range"].partition("-")[0]
+    node.flags["service_port_range"] = f"{first_port}-{first_port}"
+    limits = replace(QUICK_LIMITS, stop_s=0.5)
+    async with node.agent(policy=Policy(first_s=0.05, limit_s=0.05), limits=limits):
+        await plane.assign(assigned(1, node.spec("stubborn away")))
+        first = await plane.until_state(1, RUNNING)
+        assert first.pid
+        os.kill(first.pid, signal.SIGKILL)  # a child of it, in a group of its own, lives on
+        await plane.remove(1)
+        await plane.assign(assigned(2, node.spec()))
+        await eventually(lambda: first.pid not in node.engines())
+        (left,) = node.engines()
+        while left in (seen := node.engines()):
+            assert seen == [left]
+            await asyncio.sleep(0.01)
+        await plane.until_state(2, RUNNING)

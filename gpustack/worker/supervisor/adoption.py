@@ -11,18 +11,31 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
+class Stray:
+    """Processes of an engine that is to be no more.
+
+    Attributes:
+        record: whose port they may hold; removed once they are gone. None: nobody has one.
+    """
+
+    groups: frozenset[int]
+    record: Record | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Found:
     """What an earlier agent left.
 
     Attributes:
         alive: engines to adopt; each record has a pid, one per instance.
-        dead: records whose engine is gone; they are removed from disk.
-        strays: process groups of engines that nobody has a record of.
+        dead: records whose engine is gone, and nothing else runs for the instance.
+        strays: what is left of others: of engines that nobody has a record of, whose first process
+            is gone, or whose instance has another.
     """
 
     alive: list[Record]
     dead: list[Record]
-    strays: set[int]
+    strays: list[Stray]
 
 
 def find(records: Records) -> Found:
@@ -34,18 +47,27 @@ def find(records: Records) -> Found:
     records.tidy()
     groups = groups_by_uid(records.home)
     alive: dict[int, Record] = {}
-    dead: list[Record] = []
+    gone: list[Record] = []
     for record in records.all():
         found = record if record.is_alive else _leader(record, groups.get(record.uid, set()))
         if found is None or record.instance_id in alive:
-            dead.append(record)
-            records.remove(record.uid)
+            gone.append(record)
             continue
         if found is not record:
             records.put(found)
         alive[record.instance_id] = found
-    known = {record.uid for record in alive.values()}
-    strays = {group for uid, ours in groups.items() if uid not in known for group in ours}
+        groups.pop(record.uid, None)
+    strays = []
+    for record in gone:
+        left = groups.pop(record.uid, set())
+        if record.is_alive and record.pid is not None:
+            left.add(record.pid)  # it leads its group, whatever its environment says by now
+        if left:
+            strays.append(Stray(frozenset(left), record))
+        else:
+            records.remove(record.uid)
+    strays += [Stray(frozenset(left)) for left in groups.values()]
+    dead = [record for record in gone if record.instance_id not in alive]
     return Found(list(alive.values()), dead, strays)
 
 

@@ -10,47 +10,23 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from gpustack.backends.base import Limits as Limits
 from gpustack.lib import platform
 from gpustack.lib.net import can_bind
 from gpustack.lib.secrets import Secret
 from gpustack.worker.ports import LOOPBACK
 from gpustack.worker.reconcile import Failure, Observed, Phase, Trouble
+from gpustack.worker.supervisor.diagnosis import TAIL_BYTES, explain
 from gpustack.worker.supervisor.draining import until_idle
-from gpustack.worker.supervisor.engine_log import last_words, start_log
+from gpustack.worker.supervisor.engine_log import last_words, start_log, tail
 from gpustack.worker.supervisor.groups import end_group, groups_by_uid
-from gpustack.worker.supervisor.health import answers
+from gpustack.worker.supervisor.probing import Prober
 from gpustack.worker.supervisor.records import Record, Records, Unwritten, pid_of
 
 T = TypeVar("T")
 
-#: Seconds between questions to an engine that starts: it may answer 15 ms after its spawn.
-FIRST_POLL_S, SLOWEST_POLL_S = 0.01, 0.5
 #: Seconds between two reports of a download's progress.
 PROGRESS_EVERY_S = 1.0
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """How long an engine may take, seconds.
-
-    Attributes:
-        start_s: from its spawn to its first answer.
-        stop_s: from SIGTERM to SIGKILL.
-        poll_s: between two questions whether it still answers.
-        patience_s: for the answer to such a question. A llama.cpp under 200 streams was seen to
-            take 9 s: an engine that is busy must not be taken for one that hangs.
-        misses: unanswered questions in a row that make it unhealthy.
-        hear_s: gateways that are late to hear that it is to go still send it requests this long.
-        drain_s: for the requests that it is answering to end before it is ended.
-    """
-
-    start_s: float = 600.0
-    stop_s: float = 10.0
-    poll_s: float = 5.0
-    patience_s: float = 30.0
-    misses: int = 3
-    hear_s: float = 1.0
-    drain_s: float = 600.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,19 +53,24 @@ class Engine:
     of the engine, which keeps running; `stop` ends it.
 
     Args:
+        limits: instead of those that its backend says.
         changed: told, without arguments, each time `observed` is another.
     """
 
-    def __init__(self, records: Records, limits: Limits, changed: Callable[[], None]) -> None:
+    def __init__(
+        self, records: Records, limits: Limits | None, changed: Callable[[], None]
+    ) -> None:
         self.observed = Observed(Phase.PREPARING)
         self._records = records
-        self._limits = limits
+        self._given_limits = limits
+        self._limits = limits or Limits()
         self._changed = changed
         self._stop = asyncio.Event()
         self._drain = asyncio.Event()
         self._done = asyncio.Event()
         self._running_since: float | None = None
         self._progress_at: float | None = None
+        self._oom_kills: tuple[int | None, int | None] = (None, None)
 
     @property
     def is_stopping(self) -> bool:
@@ -131,7 +112,11 @@ class Engine:
             except (OSError, ValueError) as error:  # ValueError: a zero byte in the command
                 self._records.remove(plan.record.uid)
                 return Failure(Trouble.SPAWN, f"cannot run {plan.record.argv[0]}: {error}")
-            return await self._tend(record, plan.secret, child)
+            try:
+                return await self._tend(record, plan.secret, child)
+            finally:
+                if child.returncode is None:
+                    child.returncode = 0  # let go: Popen's finaliser would complain about it
         finally:
             self._done.set()
 
@@ -203,18 +188,17 @@ class Engine:
     async def _tend(
         self, record: Record, secret: Secret, child: "subprocess.Popen[bytes] | None"
     ) -> Failure | None:
+        self._limits = self._given_limits or record.limits
+        self._oom_kills = (platform.oom_kills(),) * 2
         try:
             failure = await self._until_over(record, secret, child)
         except asyncio.CancelledError:
-            if child is not None:
-                child.returncode = 0  # let go: Popen's finaliser would complain about it
-            raise
+            raise  # let go
         except BaseException:
             await self._end(record, child)
             raise
         if failure is not None:
-            words = last_words(Path(record.log_file), secret=secret.reveal())
-            failure = replace(failure, last_words=words)
+            failure = self._explained(failure, record, secret)
         # An early exit may turn out to be about a port only: that is no news for anybody.
         shown = None if failure and _may_be_port(failure) else failure
         self._see(phase=Phase.ENDING, failure=shown)
@@ -223,6 +207,19 @@ class Engine:
             failure = Failure(Trouble.PORT_TAKEN, f"another program took port {record.port} first")
         self._records.remove(record.uid)
         return None if self._stop.is_set() else failure
+
+    def _explained(self, failure: Failure, record: Record, secret: Secret) -> Failure:
+        """`failure` with what it means, where anybody knows, and the engine's last words."""
+        log = Path(record.log_file)
+        before, after = self._oom_kills[0], platform.oom_kills()
+        more = None if before is None or after is None else after > before
+        if failure.trouble is not Trouble.EXITED:
+            more = False
+        text = f"{tail(log, TAIL_BYTES)}\n{failure.sentence}"
+        meaning = explain(text, code=failure.code, oom_killed=more)
+        sentence = f"{failure.sentence}: {meaning}" if meaning else failure.sentence
+        words = last_words(log, secret=secret.reveal())
+        return replace(failure, sentence=sentence, last_words=words)
 
     async def _until_over(
         self, record: Record, secret: Secret, child: "subprocess.Popen[bytes] | None"
@@ -268,37 +265,20 @@ class Engine:
         return Failure(Trouble.EXITED, f"the engine {how}{when}", code=code, ran_s=ran_s)
 
     async def _probe(self, record: Record, secret: Secret) -> Failure:
-        """Ask the engine whether it answers, until it should and does not."""
-        loop = asyncio.get_running_loop()
+        """Ask the engine whether it works, until it should and does not."""
+        prober = Prober(record, secret, self._limits)
         if not record.ready:
-            deadline, wait_s = loop.time() + self._limits.start_s, FIRST_POLL_S
-            while not await answers(record.port, record.health_path, secret):
-                if loop.time() >= deadline:
-                    return Failure(
-                        Trouble.NOT_READY,
-                        f"the engine did not answer within {self._limits.start_s:g} s",
-                    )
-                await asyncio.sleep(wait_s)
-                wait_s = min(wait_s * 1.5, SLOWEST_POLL_S)
+            if (failure := await prober.until_ready()) is not None:
+                return failure
             self._running()
             with contextlib.suppress(OSError):  # a full disk: adopted, it would count as starting
                 self._records.put(record.model_copy(update={"ready": True}))
-        misses = 0
-        while misses < self._limits.misses:
-            patience_s = self._limits.patience_s
-            if await answers(record.port, record.health_path, secret, limit_s=patience_s):
-                misses = 0
-                self._running()
-            else:
-                misses += 1
-            await asyncio.sleep(self._limits.poll_s)
-        return Failure(
-            Trouble.UNHEALTHY,
-            f"the engine did not answer {misses} times in a row",
-            ran_s=self._ran_s() or 0.0,
-        )
+        failure = await prober.until_unwell(self._running)
+        return replace(failure, ran_s=self._ran_s() or 0.0)
 
     def _running(self) -> None:
+        # The last but one: the kernel counts before the process has ended.
+        self._oom_kills = (self._oom_kills[1], platform.oom_kills())
         if self.observed.phase is not Phase.RUNNING:
             self._running_since = asyncio.get_running_loop().time()
             self._see(phase=Phase.RUNNING)

@@ -72,15 +72,20 @@ def _set_aside(path: Path) -> None:
         old.unlink(missing_ok=True)
 
 
-def last_words(path: Path, *, secret: str = "") -> str:
-    """The last lines of a log for a message: at most 1 KB, without control characters."""
+def tail(path: Path, size: int = TAIL_BYTES) -> str:
+    """The last `size` bytes of a log, without control characters; "" where there is none."""
     try:
         with path.open("rb") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL_BYTES))
-            text = file.read(TAIL_BYTES).decode(errors="replace")
+            file.seek(max(0, file.seek(0, os.SEEK_END) - size))
+            text = file.read(size).decode(errors="replace")
     except OSError:
         return ""
-    text = plain(text.replace("\r", "\n"))
+    return plain(text.replace("\r", "\n"))
+
+
+def last_words(path: Path, *, secret: str = "") -> str:
+    """The last lines of a log for a message: at most 1 KB, without control characters."""
+    text = tail(path)
     if secret:
         text = text.replace(secret, "********")
     lines = [line.rstrip() for line in text.split("\n") if line.strip()]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from gpustack.backends.base import Limits, ProbeRequest
 from gpustack.lib import platform
 from gpustack.lib.secrets import Secret
 from gpustack.schemas.engines import EngineRecord
@@ -22,9 +23,15 @@ class Record(EngineRecord):
     """A record with what only the agent itself reads.
 
     Attributes:
+        progress_counters: its metrics of which one grows while it works.
+        probe: the real request that it must answer; None: nobody knows one.
+        limits: of its backend, as it was started.
         ready: it has answered; from then on silence is a failure, not a slow start.
     """
 
+    progress_counters: list[str] = []
+    probe: ProbeRequest | None = None
+    limits: Limits = Limits()
     ready: bool = False
 
     @property

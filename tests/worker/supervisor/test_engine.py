@@ -7,16 +7,17 @@ from pathlib import Path
 
 import pytest
 
+from gpustack.backends.base import ProbeRequest
 from gpustack.lib import platform
 from gpustack.lib.secrets import Secret
 from gpustack.worker.reconcile import Failure, Phase, Trouble
-from gpustack.worker.supervisor.draining import requests
 from gpustack.worker.supervisor.engine import Engine, Limits, Plan, Prepare
 from gpustack.worker.supervisor.engine_log import log_path
 from gpustack.worker.supervisor.groups import groups_by_uid
 from gpustack.worker.supervisor.records import Record, Records
 from tests.support import fake_engine
 from tests.support.ports import free_ports
+from tests.support.wait import soon
 from tests.support.worker_node import eventually
 
 QUICK = Limits(start_s=5, stop_s=0.3, poll_s=0.05, patience_s=0.5)
@@ -54,6 +55,8 @@ class Bench:
             argv=list(command),
             health_path="/health",
             busy_gauges=["llamacpp:requests_processing"],
+            progress_counters=["llamacpp:n_decode_total"],
+            probe=ProbeRequest("/v1/completions", {"model": "m", "prompt": "1"}),
             boot_id=platform.boot_id(),
         )
 
@@ -106,6 +109,22 @@ async def test_an_engine_that_never_answers_is_ended_and_says_so(bench: Bench) -
     assert "waiting" in failure.last_words
     assert groups_by_uid(bench.folder) == {}
     assert Phase.RUNNING not in bench.seen
+
+
+async def test_the_limits_of_its_backend_count_where_nobody_gives_others(bench: Bench) -> None:
+    deaf = bench.folder / "deaf"
+    deaf.touch()
+    plan = await bench.plan(fake=f"deaf-if={deaf}")(lambda _: None)
+    assert isinstance(plan, Plan)
+    own = replace(plan, record=plan.record.model_copy(update={"limits": Limits(start_s=0.2)}))
+
+    async def prepare(progress: Callable[[float], None]) -> Plan | Failure:
+        return own
+
+    engine = Engine(bench.records, None, lambda: None)
+    failure = await engine.start(prepare, 0)
+    assert failure is not None
+    assert failure.sentence == "the engine did not answer within 0.2 s"
 
 
 async def test_an_engine_that_is_told_to_stop_while_it_starts_is_gone_at_once(
@@ -180,19 +199,6 @@ async def test_an_engine_that_starts_has_nothing_to_drain(bench: Bench) -> None:
         await eventually(lambda: bench.engine.observed.pid)
         bench.engine.ask_to_drain()
     assert owner.result() is None
-
-
-@pytest.mark.parametrize(
-    ("metrics", "count"),
-    [
-        ("", 0),
-        ("busy 2\nlate 1.0\nother 7\n", 3),
-        ('busy{model="a b"} 4 1700000000\n# HELP late 5', 4),
-        ("busy\nbusy many\n", 0),
-    ],
-)
-def test_requests_are_counted_by_the_engines_own_metrics(metrics: str, count: int) -> None:
-    assert requests(metrics, ["busy", "late"]) == count
 
 
 async def test_cancelling_the_owner_lets_go_and_another_can_adopt(bench: Bench) -> None:
@@ -295,3 +301,57 @@ async def test_a_log_that_cannot_be_written_is_named(bench: Bench) -> None:
     assert failure is not None
     assert failure.sentence.startswith(f"cannot write {bench.folder}/log/serve/1.log: ")
     assert bench.left() == []
+
+
+def _limited(folder: Path, limit: str) -> Path | None:
+    """A control group of 64 MiB below `folder`, where this machine lets one be made."""
+    group = folder / f"gpustack-test-{os.getpid()}"
+    try:
+        group.mkdir()
+        (group / limit).write_text(str(64 * 2**20))
+    except OSError:
+        if group.exists():
+            group.rmdir()
+        return None
+    return group
+
+
+@pytest.fixture
+def little_memory() -> Iterator[Path]:
+    group = _limited(Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes") or _limited(
+        Path("/sys/fs/cgroup"), "memory.max"
+    )
+    if group is None:
+        pytest.skip("no control group for memory can be made here")
+    yield group
+    soon(lambda: not (group / "cgroup.procs").read_text(), "the group is empty")
+    group.rmdir()
+
+
+async def test_an_engine_that_the_kernel_ended_for_lack_of_memory_says_so(
+    bench: Bench, little_memory: Path
+) -> None:
+    eats = "import os; open(os.environ['PROCS'], 'w').write('0'); bytearray(512 * 2**20)"
+    plan = bench.plan(
+        "/usr/bin/env", f"PROCS={little_memory}/cgroup.procs", sys.executable, "-c", eats
+    )
+    failure = await bench.engine.start(plan, 0)
+    assert failure is not None
+    assert failure.code == -9
+    assert failure.sentence == (
+        "the engine was ended by signal 9 (SIGKILL) before it answered: the kernel ended a process "
+        "because memory ran out; lower the context length or the parallel requests, or give it a "
+        "worker or a container with more memory"
+    )
+
+
+async def test_a_failure_says_what_the_log_means_before_its_last_words(bench: Bench) -> None:
+    says = "error: unrecognized arguments: --nope"
+    plan = bench.plan(sys.executable, "-c", f"print({says!r}); exit(2)")
+    failure = await bench.engine.start(plan, 0)
+    assert failure is not None
+    assert failure.message.splitlines() == [
+        "the engine exited with code 2 before it answered: it does not know the argument --nope; "
+        "correct the model's backend parameters",
+        "error: unrecognized arguments: --nope",
+    ]
