@@ -38,10 +38,11 @@ _LOOK_S: Final = 1.0
 _HANDSHAKE_S: Final = 10.0
 #: Between two looks for nodes that were not met yet, once each process that was met has a tunnel.
 _EXPLORE_S: Final = 30.0
-#: At once: for each process that is missing two, since the kernel picks which one is reached.
+#: At once, at most: one for each process that is missing, and twice as many after each round that
+#: met none, since the kernel may have its favourites among the processes.
 _AT_ONCE: Final = 8
 _REFUSED_FIRST_S, _REFUSED_LIMIT_S = 0.2, 10.0
-_MISSED_FIRST_S, _MISSED_LIMIT_S = 0.05, 5.0
+_MISSED_FIRST_S, _MISSED_LIMIT_S = 0.05, 2.0
 _HEAD_BYTES: Final = 16 * 1024
 
 
@@ -139,7 +140,7 @@ class DialOut:
     async def _dial_all(self, known: _Membership) -> None:
         """Dial as often as it may take, at once, and say when to go on."""
         before = self._live().keys()
-        number = min(max(2 * self._missing() - 1, 1), _AT_ONCE)
+        number = min(max(self._missing(), 1) << min(self._misses, 8), _AT_ONCE)
         tries = [self._dial(known) for _ in range(number)]
         outcomes = await asyncio.gather(*tries, return_exceptions=True)
         refusals = [one for one in outcomes if isinstance(one, BaseException)]

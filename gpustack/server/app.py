@@ -50,6 +50,7 @@ from gpustack.server.api import (
     workers,
 )
 from gpustack.server.api import settings as start_options
+from gpustack.server.api.agents import OwnGateway
 from gpustack.server.api.browsers import telling
 from gpustack.server.auth.external import Elsewhere
 from gpustack.server.auth.known import Known
@@ -309,6 +310,9 @@ async def control_plane(settings: Settings, extra: Mapping[str, str]) -> AsyncIt
                 openapi_docs=not settings.disable_openapi_docs,
             )
             app.state.settings, app.state.last_uses = settings, last_uses
+            app.state.gateway = OwnGateway(
+                extra.get("gateway_url", ""), extra["gateway_credential"]
+            )
             async with _providers(settings) as app.state.providers:
                 yield app
             for task in tasks:

@@ -25,7 +25,7 @@ from gpustack.lib.backoff import delay_s
 from gpustack.lib.net import address_towards, interface_address
 from gpustack.lib.secrets import new_secret
 from gpustack.lib.units import GIB
-from gpustack.schemas.workers import Registered, Registration
+from gpustack.schemas.workers import ProxyMode, Registered, Registration
 from gpustack.worker.detectors import host
 
 logger = logging.getLogger(__name__)
@@ -36,6 +36,7 @@ class Membership(BaseModel):
 
     Attributes:
         server_fingerprint: of the server's key, where that is how the server is known.
+        tunnel: the server cannot reach this worker's port, so the relay dials.
     """
 
     worker_id: int
@@ -43,6 +44,7 @@ class Membership(BaseModel):
     agent_secret: str
     cluster_id: str
     server_fingerprint: str | None = None
+    tunnel: bool = False
 
 
 def load_membership(data_dir: Path) -> Membership | None:
@@ -96,6 +98,7 @@ def registration(settings: Settings, server_url: str, certificate: str) -> Regis
         port=settings.worker_port,
         version=__version__,
         certificate=certificate,
+        proxy_mode=ProxyMode(settings.proxy_mode),
         **changeable(settings),
     )
 
@@ -166,6 +169,15 @@ class Enrolment:
         """This worker says something else of itself from now on."""
         self.registration = self.registration.model_copy(update=said)
         self.news.set()
+
+    def told_tunnel(self, tunnel: bool) -> None:
+        """The server says whether requests get here by tunnel; the relay reads it from the file."""
+        known = self.membership
+        if known is None or known.tunnel == tunnel:
+            return
+        self.membership = known.model_copy(update={"tunnel": tunnel})
+        save_membership(self._data_dir, self.membership)
+        logger.info("the server %s this worker's port", "cannot reach" if tunnel else "reaches")
 
     def client(self, credential: str) -> AgentClient:
         """To call the server with."""
@@ -239,6 +251,7 @@ class Enrolment:
             agent_secret=answer.agent_secret,
             cluster_id=answer.cluster_id,
             server_fingerprint=self._fingerprint,
+            tunnel=known is not None and known.tunnel,
         )
         if membership != known:
             save_membership(self._data_dir, membership)

@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import socket
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -70,13 +69,11 @@ async def gateway(
     trusted_proxies: Sequence[str] = (),
     server_patience_s: float = 10.0,
     place: tuple[int, int] = (0, 1),
-    sock: socket.socket | None = None,
 ) -> AsyncIterator[Gateway]:
     """A gateway with local worker 1. `ready`: wait until it has the server's tables.
 
     Args:
         place: its index, and how many processes its node has.
-        sock: where it listens, perhaps beside others.
     """
     write_private(data_dir / "worker_credential", '{"worker_id": 1, "credential": "x"}')
     address = ("127.0.0.1", api_port)
@@ -114,7 +111,7 @@ async def gateway(
         server = Server(app, sweep_s=0.05, upgrade=tunnel.PROTOCOL)
         lasting.append(withdrawals.run(watch, server, tunnels, lambda: False))
         tasks = [group.create_task(each) for each in lasting]
-        sock = sock or listen("127.0.0.1", 0)
+        sock = listen("127.0.0.1", 0)
         port = sock.getsockname()[1]
         await server.listen(sock)
         try:

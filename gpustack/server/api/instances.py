@@ -11,7 +11,7 @@ from gpustack.errors import BadRequest, Conflict, Forbidden, NotFound, Unavailab
 from gpustack.schemas import wire
 from gpustack.schemas.base import Page
 from gpustack.schemas.instances import Instance, InstanceState, InstanceStatus, can_move
-from gpustack.server.api.agents import asked
+from gpustack.server.api.agents import Gate, asked
 from gpustack.server.api.context import Changes, Db, Id
 from gpustack.server.api.lists import Asked, IdFilter, WatchQuery, listed
 from gpustack.server.api.repeated import Repeated
@@ -114,7 +114,7 @@ async def report_instance(
 )
 @raises(Unavailable)
 async def read_instance_logs(
-    db: Db, admin: Admin, instance_id: Id, tail: int = 1000, follow: bool = False,
+    db: Db, gate: Gate, admin: Admin, instance_id: Id, tail: int = 1000, follow: bool = False,
     previous: bool = False,
 ) -> StreamingResponse:  # fmt: skip
     """The engine's own output, from its worker; streamed, never held here."""
@@ -122,7 +122,7 @@ async def read_instance_logs(
     query = {"tail": str(tail), "follow": str(follow).lower(), "previous": str(previous).lower()}
     stack = AsyncExitStack()
     # A followed log may be silent for hours.
-    asking = asked(worker, "GET", f"/v2/logs/{instance_id}", query=query, read_s=None)
+    asking = asked(worker, "GET", f"/v2/logs/{instance_id}", gate=gate, query=query, read_s=None)
     answer = await stack.enter_async_context(asking)
     return StreamingResponse(_bytes(stack, answer), media_type="text/plain; charset=utf-8")
 

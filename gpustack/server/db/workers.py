@@ -5,11 +5,17 @@ from typing import Any
 
 from sqlmodel import col, select
 
+from gpustack.schemas.workers import ProxyMode
 from gpustack.server.db.database import WriteSession, touch
 from gpustack.server.db.instances import on_worker
 from gpustack.server.db.tables import Model, Worker
 
 logger = logging.getLogger(__name__)
+
+
+def by_tunnel(worker: Worker) -> bool:
+    """Whether requests get to the worker through tunnels that its relay opens."""
+    return worker.proxy_mode == ProxyMode.TUNNEL or bool(worker.unreached)
 
 
 async def is_back(session: WriteSession, worker: Worker, said: dict[str, Any]) -> None:
