@@ -197,7 +197,7 @@ class Registration(Body):
     system_reserved_vram_bytes: int = Field(0, ge=0)
     version: str = ""
     certificate: str = Field("", max_length=2048)
-    proxy_mode: ProxyMode = ProxyMode.DIRECT
+    proxy_mode: Annotated[ProxyMode, Strict(False)] = ProxyMode.DIRECT
 
 
 class Registered(Schema):
