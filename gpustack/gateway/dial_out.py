@@ -29,6 +29,7 @@ from gpustack.lib.backoff import delay_s
 from gpustack.lib.decode import UNREADABLE
 from gpustack.lib.net import url_host
 from gpustack.lib.platform import notice_dead_peer
+from gpustack.lib.secrets import new_secret
 from gpustack.schemas import wire
 
 logger = logging.getLogger(__name__)
@@ -73,6 +74,7 @@ class DialOut:
         self._url = server_url
         self._accept = accept
         self._file = settings.data_dir / "worker_credential"
+        self._life = new_secret()
         self._loop = asyncio.get_running_loop()
         self._tunnels: dict[Tunnel, Process] = {}
         self._changed = asyncio.Event()
@@ -209,6 +211,7 @@ class DialOut:
                 (b"upgrade", PROTOCOL),
                 (b"authorization", b"Bearer " + known.credential.encode()),
                 (wire.HAS_HEADER.encode(), lives.encode()),
+                (wire.RELAY_HEADER.encode(), self._life.encode()),
             ],
         )
 

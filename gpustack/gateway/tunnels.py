@@ -25,6 +25,8 @@ logger = logging.getLogger(__name__)
 
 #: Of one worker: its relay's, those of relays before it that finish their streams, one to spare.
 TUNNELS_OF_A_WORKER: Final = 4
+#: A relay dials several times at once: it has been given a tunnel and does not know it yet.
+_JUST_S: Final = 10.0
 #: No name of a host: what connections through tunnels have as their address's.
 _HOST: Final = "a worker's tunnel"
 
@@ -42,6 +44,8 @@ def is_tunnel(address: Address) -> bool:
 class _Held:
     tunnel: Tunnel
     credential: Credential
+    relay: bytes
+    since: float
 
 
 class Tunnels:
@@ -89,14 +93,20 @@ class Tunnels:
             raise BadRequest(f"want a tunnel: Upgrade: {PROTOCOL.decode()}")
         if self._draining:
             raise Unavailable("This process is about to end.")
+        worker_id, had = credential.worker_id, self.has(credential.worker_id)
         said = [(wire.PROCESS_HEADER.encode(), self.me.header())]
-        if self.me.life.encode() in (exchange.header(wire.HAS_HEADER.encode()) or b"").split(b","):
+        relay = exchange.header(wire.RELAY_HEADER.encode()) or b""
+        now = asyncio.get_running_loop().time()
+        known = (exchange.header(wire.HAS_HEADER.encode()) or b"").split(b",")
+        if self.me.life.encode() in known or any(
+            held.relay == relay and held.tunnel.usable and now - held.since < _JUST_S
+            for held in self._of.get(worker_id, ())
+        ):
             exchange.respond_error(Conflict("There is a tunnel to this process already."), said)
             return
-        worker_id, had = credential.worker_id, self.has(credential.worker_id)
         tunnel = Tunnel(changed=lambda tunnel: self._moved(worker_id, tunnel))
         of_it = self._of.setdefault(worker_id, [])
-        of_it.append(_Held(tunnel, credential))
+        of_it.append(_Held(tunnel, credential, relay, now))
         for held in of_it[:-TUNNELS_OF_A_WORKER]:
             held.tunnel.abort()
         logger.info("worker %d has a tunnel to this process", worker_id)

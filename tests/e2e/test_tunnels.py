@@ -110,7 +110,7 @@ async def test_requests_logs_and_log_levels_go_through_tunnels(
 async def test_streams_go_on_when_the_agent_and_the_server_die(
     server: Node, worker: Node, key: str
 ) -> None:
-    async with running_streams(server, key, MODEL, 2):
+    async with running_streams(server, key, MODEL, 2, max_tokens=150):
         worker.kill_role("agent")
         server.kill_role("server")
 
@@ -153,7 +153,7 @@ async def test_a_worker_finds_out_by_itself_and_goes_back_when_it_can_be_dialled
 
     def by_tunnel() -> bool:
         its = said(server)
-        return its["reached_by"] == "tunnel" and its["proxy_mode"] == "direct"
+        return (its["reached_by"], its["proxy_mode"]) == ("tunnel", "direct")
 
     soon(by_tunnel, "the server has seen that it cannot dial the worker", within_s=60)
     assert said(server)["state_message"].startswith(message)
