@@ -1,6 +1,6 @@
 """What agents say. Apart from the rest, so that no agent loads what only users need."""
 
-from gpustack.client.caller import Caller
+from gpustack.client.caller import Caller, parsed
 from gpustack.schemas.instances import InstanceStatus
 from gpustack.schemas.model_files import ModelFile, ModelFileReport, ModelFileStatus
 from gpustack.schemas.workers import Heard, Heartbeat, Registered, Registration, WorkerStatus
@@ -19,7 +19,8 @@ class AgentClient(Caller):
         return await self.one("PUT", path, Registered, registration)
 
     async def heartbeat(self, worker_id: int, beat: Heartbeat) -> Heard:
-        return await self.one("PUT", f"/v2/workers/{worker_id}/heartbeat", Heard, beat)
+        raw = await self.call("PUT", f"/v2/workers/{worker_id}/heartbeat", beat)
+        return parsed(Heard, raw) if raw else Heard()  # an older server has nothing to say
 
     async def report_worker(self, worker_id: int, status: WorkerStatus) -> None:
         await self.call("PUT", f"/v2/workers/{worker_id}/status", status)

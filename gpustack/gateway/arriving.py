@@ -32,7 +32,10 @@ class Arriving:
         return IGNORED
 
     async def _again(self) -> None:
-        self._take(await self._plane.again(lambda: self._plane.part(self._exchange, "worker")))
+        try:
+            self._take(await self._plane.again(lambda: self._plane.part(self._exchange, "worker")))
+        except GPUStackError as error:
+            self._exchange.respond_error(error)
 
     def _take(self, credential: Credential) -> None:
         if not self._exchange.finished:

@@ -60,7 +60,7 @@ def load_membership(data_dir: Path) -> Membership | None:
 
 def save_membership(data_dir: Path, membership: Membership) -> None:
     platform.write_private(
-        data_dir / "worker_credential", membership.model_dump_json(exclude_none=True)
+        data_dir / "worker_credential", membership.model_dump_json(exclude_defaults=True)
     )
 
 
