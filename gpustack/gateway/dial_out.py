@@ -65,6 +65,9 @@ class DialOut:
     Args:
         server_url: where the gateways' public port is.
         accept: makes what serves a stream.
+
+    Attributes:
+        said: why there is no tunnel at all, as the log has it; empty: there is one.
     """
 
     def __init__(
@@ -80,7 +83,7 @@ class DialOut:
         self._changed = asyncio.Event()
         self._due = 0.0  # when to dial again, by the loop's clock
         self._failures = self._misses = 0
-        self._said = ""
+        self.said = ""
 
     async def run(self) -> None:
         """Keep the tunnels until cancelled."""
@@ -155,7 +158,7 @@ class DialOut:
             self._say(str(refusals[0]))
             pause_s = delay_s(self._failures, first_s=_REFUSED_FIRST_S, limit_s=_REFUSED_LIMIT_S)
         else:
-            self._failures, self._said = 0, ""
+            self._failures, self.said = 0, ""
             if self._missing() <= 0:
                 self._misses, pause_s = 0, _EXPLORE_S
             else:
@@ -164,8 +167,8 @@ class DialOut:
         self._due = self._loop.time() + random.uniform(0.5, 1.0) * pause_s  # noqa: S311
 
     def _say(self, why: str) -> None:
-        if why != self._said:
-            self._said = why
+        if why != self.said:
+            self.said = why
             logger.warning("no tunnel to %s, trying again: %s", self._url, why)
 
     async def _dial(self, known: _Membership) -> None:

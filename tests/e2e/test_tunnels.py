@@ -165,3 +165,20 @@ async def test_a_worker_finds_out_by_itself_and_goes_back_when_it_can_be_dialled
     soon(lambda: "tunnel" not in json.loads(membership.read_text()), "it knows", within_s=30)
     await serves(server, key)
     assert len(log_of(server)) > 100
+
+
+async def test_one_process_that_is_server_and_gateway_has_tunnels_too(
+    make_node: MakeNode, places: list[Host], models: Path
+) -> None:
+    options = ("--disable-worker", "--gateway-mode", "disabled")
+    server = make_node(*options, name="one", host=places[0]).start()
+    behind = ("--advertise-address", HIDDEN, "--proxy-mode", "tunnel")
+    worker = make_node(*behind, name="its-worker", server=server, host=places[1]).start()
+    soon(lambda: said(server)["state"] == "ready", "the worker is ready", within_s=60)
+    server.deploy(MODEL, models / "chat.gguf")
+    key = server.api_key()
+    await serves(server, key)
+    assert len(log_of(server)) > 100
+    server.kill_role("server+gateway")
+    await serves(server, key)
+    assert worker.stop() == 0

@@ -4,6 +4,7 @@ import asyncio
 import itertools
 import json
 import socket
+import ssl
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
@@ -17,8 +18,11 @@ from gpustack.forward.tunnel import PROTOCOL
 from gpustack.forward.upstream import Pool
 from gpustack.gateway.dial_out import DialOut
 from gpustack.gateway.relay import Engines, Relay
-from gpustack.lib.platform import write_private
+from gpustack.gateway.tls import Certificate
+from gpustack.lib import trust
+from gpustack.lib.platform import listen, write_private
 from gpustack.schemas import wire
+from gpustack.worker.certificate import OwnCertificate
 from tests.gateway.test_relay import write_record
 from tests.support.data_plane import KEY, Gateway, gateway
 from tests.support.network import network
@@ -47,15 +51,23 @@ def fill(server: WatchServer, *, proxy_mode: str = "tunnel", reached_by: str = "
 
 @asynccontextmanager
 async def dialling(
-    folder: Path, port: int, engine: Engine, *, agent_port: int = 1, mode: str = "tunnel"
+    folder: Path,
+    port: int,
+    engine: Engine,
+    *,
+    agent_port: int = 1,
+    mode: str = "tunnel",
+    url: str = "",
+    key: str = "",
 ) -> AsyncIterator[DialOut]:
     """Worker 2's relay, with an engine for instance 5. Listens nowhere."""
     folder.mkdir(exist_ok=True)
     member = {"worker_id": 2, "credential": WORKER}
     write_private(folder / "worker_credential", json.dumps(member))
     write_record(folder, 5, engine.port, "s5")
-    url = f"http://127.0.0.1:{port}"
+    url = url or f"http://127.0.0.1:{port}"
     flags = {"data_dir": str(folder), "server_url": url, "token": "t", "proxy_mode": mode}
+    flags |= {"server_fingerprint": key} if key else {}
     async with asyncio.TaskGroup() as group:
         pool = Pool(group, connect_timeout_s=1.0)
         server = Server(Relay(pool, Engines(folder), ("127.0.0.1", agent_port)), sweep_s=0.05)
@@ -271,3 +283,58 @@ async def test_only_the_server_asks_an_agent_through_a_tunnel(tmp_path: Path) ->
             seen = agent.seen[0]
             assert seen.headers["authorization"] == "Bearer agent-secret"
             assert not {name for name in seen.headers if name.startswith("x-gpustack")}
+
+
+async def test_over_https_the_relay_knows_its_server_by_its_key(tmp_path: Path) -> None:
+    pem = OwnCertificate(tmp_path, "server").pem
+    file = tmp_path / wire.WORKER_CERTIFICATE_FILE
+    right = trust.fingerprint(ssl.PEM_cert_to_DER_cert(pem))
+    async with watch_server() as server, running(streaming(3)) as engine:
+        fill(server)
+        async with gateway(tmp_path, server.port) as gate:
+            sock = listen("127.0.0.1", 0)
+            url = f"https://127.0.0.1:{sock.getsockname()[1]}"
+            await gate.server.listen(sock, tls=Certificate(file, file).context)
+            wrong = dialling(
+                tmp_path / "worker", gate.port, engine, url=url, key=f"sha256:{'0' * 64}"
+            )
+            async with wrong as out:
+
+                async def refused() -> bool:
+                    return "has fingerprint" in out.said
+
+                await eventually(refused, "the relay says what is wrong")
+                assert not gate.tunnels.has(2)
+            async with dialling(tmp_path / "worker", gate.port, engine, url=url, key=right):
+                await has_tunnel(gate)
+                replies = await asyncio.gather(*(gate.chat(CHAT) for _ in range(20)))
+                assert all(reply.body.endswith(DONE) for reply in replies)
+                big = json.dumps({"model": "m", "messages": ["x" * 3_000_000]}).encode()
+                assert (await gate.chat(big)).status == 200
+                assert engine.seen[-1].body == big
+
+
+@pytest.mark.parametrize("who", ["gateway", "relay"])
+async def test_who_leaves_lets_its_streams_finish(tmp_path: Path, who: str) -> None:
+    async with watch_server() as server, running(streaming(100, 0.01)) as engine:
+        fill(server)
+        async with (
+            gateway(tmp_path, server.port) as gate,
+            dialling(tmp_path / "worker", gate.port, engine) as out,
+        ):
+            await has_tunnel(gate)
+            stream = asyncio.create_task(gate.chat(CHAT))
+
+            async def runs() -> bool:
+                return bool(engine.seen)
+
+            await eventually(runs, "the stream has begun")
+            if who == "gateway":
+                gate.tunnels.leave()
+                assert (await gate.chat(CHAT)).body.endswith(DONE)  # of a client that it still has
+            else:
+                out.leave()
+                async with asyncio.timeout(10):
+                    await out.left()
+            assert not stream.done() or who == "gateway"
+            assert (await stream).body.endswith(DONE)
