@@ -143,6 +143,41 @@ async def test_a_slow_reader_makes_its_writer_wait_and_nobody_else() -> None:
         assert not slow.waits
 
 
+async def test_a_connection_that_takes_nothing_makes_every_writer_wait_until_it_does() -> None:
+    loop, other = asyncio.get_running_loop(), End()
+    server = await loop.create_server(lambda: other, "127.0.0.1", 0)
+    tunnel = Tunnel()
+    await loop.create_connection(lambda: tunnel, *server.sockets[0].getsockname())
+    await eventually(lambda: there(other), "the connection")
+    other.transport.pause_reading()
+    ends = [End() for _ in range(100)]
+    for end in ends:
+        tunnel.open(end)
+    for _ in range(2):
+        for end in ends:
+            end.transport.write(b"x" * (WINDOW_BYTES // 2))
+        await settled()
+    waiting = [end for end in ends if end.waits]
+    assert waiting
+    assert sum(end.transport.get_write_buffer_size() for end in ends) > 0
+    other.transport.resume_reading()
+
+    async def all_sent() -> bool:
+        return not any(end.transport.get_write_buffer_size() for end in ends)
+
+    await eventually(all_sent, "every writer's turn")
+    assert not any(end.waits for end in ends)
+    await has(other, len(ends) * WINDOW_BYTES)
+    tunnel.abort()
+    await is_lost(other)
+    server.close()
+    await settled()
+
+
+async def there(end: End) -> bool:
+    return hasattr(end, "transport")
+
+
 async def test_a_close_comes_after_what_was_written_and_closes_both_ways() -> None:
     async with pair() as both:
         here, there = await both.stream()
@@ -247,7 +282,7 @@ def frame(kind: int, number: int, payload: bytes = b"", length: int | None = Non
 @pytest.mark.parametrize(
     "raw",
     [
-        frame(1, 1),  # only a gateway opens streams
+        frame(1, 2),  # only a gateway opens streams
         frame(99, 1),
         frame(0, 0),
         frame(2, 1, length=FRAME_BYTES + 1),
