@@ -138,9 +138,7 @@ class Tunnel(asyncio.Protocol):
         try:
             while size - at >= _HEAD.size and not self.over:
                 kind, number, length = _HEAD.unpack_from(data, at)
-                if length > FRAME_BYTES:
-                    raise Broken(f"a frame of {length} bytes")
-                end = at + _HEAD.size + length
+                end = at + _HEAD.size + _bounded(length)
                 if end > size:
                     break
                 self._take(kind, number, data[at + _HEAD.size : end])
@@ -255,6 +253,12 @@ class Tunnel(asyncio.Protocol):
         self._streams.pop(number, None)
         self._waiting.pop(number, None)
         self._end_if_left()
+
+
+def _bounded(length: int) -> int:
+    if length > FRAME_BYTES:
+        raise Broken(f"a frame of {length} bytes")
+    return length
 
 
 class Stream(asyncio.Transport):

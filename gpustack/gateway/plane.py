@@ -111,7 +111,7 @@ class Plane:
         """The credential of a part of the product that asks: "worker" or "gateway".
 
         Raises:
-            Unauthorized: no credential.
+            Unauthorized: no credential, or one that has ended.
             Stranger: one that the tables do not have; newer tables may.
             Forbidden: another's.
         """
@@ -121,6 +121,7 @@ class Plane:
         known = self.tables.by_digest.get(digest(shown.secret))
         if known is None:
             raise Stranger("This credential is not known.")
+        credentials.check_standing(known)
         if known.kind != kind:
             raise Forbidden(f"This is for a {kind} alone.")
         return known

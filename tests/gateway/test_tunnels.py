@@ -49,6 +49,14 @@ def fill(server: WatchServer, *, proxy_mode: str = "tunnel", reached_by: str = "
     server.put("workers", place | {"proxy_mode": proxy_mode, "reached_by": reached_by})
 
 
+def prepare(folder: Path, engine: Engine) -> None:
+    """What an agent leaves for the relay."""
+    folder.mkdir(exist_ok=True)
+    member = {"worker_id": 2, "credential": WORKER}
+    write_private(folder / "worker_credential", json.dumps(member))
+    write_record(folder, 5, engine.port, "s5")
+
+
 @asynccontextmanager
 async def dialling(
     folder: Path,
@@ -61,10 +69,7 @@ async def dialling(
     key: str = "",
 ) -> AsyncIterator[DialOut]:
     """Worker 2's relay, with an engine for instance 5. Listens nowhere."""
-    folder.mkdir(exist_ok=True)
-    member = {"worker_id": 2, "credential": WORKER}
-    write_private(folder / "worker_credential", json.dumps(member))
-    write_record(folder, 5, engine.port, "s5")
+    prepare(folder, engine)
     url = url or f"http://127.0.0.1:{port}"
     flags = {"data_dir": str(folder), "server_url": url, "token": "t", "proxy_mode": mode}
     flags |= {"server_fingerprint": key} if key else {}
@@ -204,7 +209,7 @@ async def test_a_broken_tunnel_breaks_its_streams_and_comes_back(tmp_path: Path)
             dialling(tmp_path / "worker", gate.port, engine),
         ):
             await has_tunnel(gate)
-            stream = asyncio.create_task(gate.chat(CHAT))
+            stream = asyncio.ensure_future(gate.chat(CHAT))
 
             async def runs() -> bool:
                 return bool(engine.seen)
@@ -323,7 +328,7 @@ async def test_who_leaves_lets_its_streams_finish(tmp_path: Path, who: str) -> N
             dialling(tmp_path / "worker", gate.port, engine) as out,
         ):
             await has_tunnel(gate)
-            stream = asyncio.create_task(gate.chat(CHAT))
+            stream = asyncio.ensure_future(gate.chat(CHAT))
 
             async def runs() -> bool:
                 return bool(engine.seen)
