@@ -6,7 +6,7 @@ import json
 import socket
 import ssl
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -19,6 +19,7 @@ from gpustack.forward.upstream import Pool
 from gpustack.gateway.dial_out import DialOut
 from gpustack.gateway.relay import Engines, Relay
 from gpustack.gateway.tls import Certificate
+from gpustack.gateway.tunnels import TUNNELS_OF_A_WORKER
 from gpustack.lib import trust
 from gpustack.lib.platform import listen, write_private
 from gpustack.schemas import wire
@@ -343,3 +344,27 @@ async def test_who_leaves_lets_its_streams_finish(tmp_path: Path, who: str) -> N
                     await out.left()
             assert not stream.done() or who == "gateway"
             assert (await stream).body.endswith(DONE)
+
+
+async def test_a_worker_has_so_many_tunnels_to_a_process_and_no_more(tmp_path: Path) -> None:
+    async with watch_server() as server, gateway(tmp_path, server.port) as gate:
+        fill(server)
+        await gate.watch.refresh()
+        opened = []
+        for number in range(TUNNELS_OF_A_WORKER + 2):
+            reader, writer = await asyncio.open_connection("127.0.0.1", gate.port)
+            opened.append((reader, writer))
+            asked = upgrade(WORKER) | {wire.RELAY_HEADER: f"relay {number}"}
+            lines = [f"{name}: {value}" for name, value in asked.items()]
+            head = [f"GET {wire.TUNNEL_PATH} HTTP/1.1", "Host: x", *lines, "", ""]
+            writer.write("\r\n".join(head).encode())
+            async with asyncio.timeout(10):
+                assert b" 101 " in await reader.readuntil(b"\r\n\r\n")
+        for reader, _ in opened[:2]:
+            async with asyncio.timeout(10):
+                with suppress(ConnectionResetError):
+                    assert await reader.read() == b""
+        assert not any(reader.at_eof() for reader, _ in opened[2:])
+        for _, writer in opened:
+            writer.close()
+        await has_tunnel(gate, there=False)
