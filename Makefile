@@ -7,7 +7,7 @@ export PATH := $(abspath $(BIN)):$(PATH)
 PYTEST := $(BIN)/python -m tests.support.lane --numprocesses auto --maxprocesses 4 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo start check format test test-slow soak build bench-control bench-worker bench-authentication check-device docs migration clean
+.PHONY: help install demo start check format test test-slow soak build bench-control bench-worker bench-tunnels bench-authentication check-device docs migration clean
 
 help: ## show this
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -62,6 +62,9 @@ bench-control: install ## what a thousand workers cost the server
 
 bench-worker: install ## what 64 engines cost their agent
 	$(BIN)/python -m benchmarks.worker
+
+bench-tunnels: install ## what a tunnel adds to a request
+	$(BIN)/python -m benchmarks.tunnels
 
 bench-authentication: install ## what it costs a gateway to know who asks
 	$(BIN)/python -m benchmarks.authentication

@@ -135,7 +135,8 @@ def plane(tables: Tables) -> Plane:
     nothing: Any = None
     return Plane(
         group=cast(asyncio.TaskGroup, None), pool=nothing, watch=watch, routing=nothing,
-        ledger=nothing, server=("127.0.0.1", 1), credential="", force_auth_localhost=False,
+        ledger=nothing, server=("127.0.0.1", 1), credential="", tunnels=nothing,
+        force_auth_localhost=False,
     )  # fmt: skip
 
 

@@ -30,8 +30,8 @@ class Entrance:
     def open(self, server: ApiServer) -> None:
         self._server.set_result(server)
 
-    async def enter(self) -> socket.socket:
-        """A connection to the server.
+    async def enter(self, protocol: asyncio.Protocol) -> None:
+        """Connect `protocol` to the server.
 
         Raises:
             ConnectionRefusedError: it is about to end.
@@ -44,7 +44,7 @@ class Entrance:
             ours.close()
             theirs.close()
             raise
-        return ours
+        await asyncio.get_running_loop().create_unix_connection(lambda: protocol, sock=ours)
 
 
 async def serve(boot: Boot) -> None:
@@ -81,6 +81,7 @@ async def serve(boot: Boot) -> None:
                 take_in(raw)
 
         reason = await leave(reload)
+        public.tunnels.leave()
         if reason is Leave.STOP:
             await public.finish_inference()
             os.close(int(boot.extra["drained_fd"]))

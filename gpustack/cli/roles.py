@@ -114,6 +114,7 @@ class Plan:
                 "gateway_credential": file_secret(settings.data_dir / "gateway_credential"),
                 "local_admin": file_secret(settings.data_dir / "local_admin"),
                 "join_token": join_token,
+                "gateway_url": _url(sockets.own()),
             }
             if settings.gateway_mode == "disabled":
                 yield self._role("server+gateway", ("public", "tls", "own", "metrics"), **secrets)
@@ -154,7 +155,11 @@ class Plan:
 def _own_url(settings: Settings, sockets: Sockets) -> str:
     """Where this node's agent reaches its server."""
     is_one = settings.gateway_mode == "disabled"
-    host, port = sockets.own() if is_one else sockets.reachable("api")
+    return _url(sockets.own() if is_one else sockets.reachable("api"))
+
+
+def _url(address: tuple[str, int]) -> str:
+    host, port = address
     return f"http://{url_host(host)}:{port}"
 
 

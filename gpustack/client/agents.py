@@ -1,9 +1,9 @@
 """What agents say. Apart from the rest, so that no agent loads what only users need."""
 
-from gpustack.client.caller import Caller
+from gpustack.client.caller import Caller, parsed
 from gpustack.schemas.instances import InstanceStatus
 from gpustack.schemas.model_files import ModelFile, ModelFileReport, ModelFileStatus
-from gpustack.schemas.workers import Heartbeat, Registered, Registration, WorkerStatus
+from gpustack.schemas.workers import Heard, Heartbeat, Registered, Registration, WorkerStatus
 
 
 class AgentClient(Caller):
@@ -18,8 +18,9 @@ class AgentClient(Caller):
         path = f"/v2/workers/{worker_id}/registration"
         return await self.one("PUT", path, Registered, registration)
 
-    async def heartbeat(self, worker_id: int, beat: Heartbeat) -> None:
-        await self.call("PUT", f"/v2/workers/{worker_id}/heartbeat", beat)
+    async def heartbeat(self, worker_id: int, beat: Heartbeat) -> Heard:
+        raw = await self.call("PUT", f"/v2/workers/{worker_id}/heartbeat", beat)
+        return parsed(Heard, raw) if raw else Heard()  # an older server has nothing to say
 
     async def report_worker(self, worker_id: int, status: WorkerStatus) -> None:
         await self.call("PUT", f"/v2/workers/{worker_id}/status", status)

@@ -70,6 +70,11 @@ def contradictions(settings: Settings, origins: Origins) -> Iterator[str]:
             f"{_name('server_ca', origins)} and {_name('server_fingerprint', origins)}: give one "
             "of them, since a fingerprint counts alone"
         )
+    if settings.is_server and settings.proxy_mode == "tunnel":
+        yield (
+            f"{_name('proxy_mode', origins)}: tunnel is for workers of a server elsewhere: leave "
+            "it out, or give --server-url"
+        )
     if not settings.is_server and settings.token is None:
         yield (
             f"{_name('server_url', origins)} needs --token: the content of <data-dir>/token on "

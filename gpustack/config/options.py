@@ -57,7 +57,7 @@ WAITING = frozenset(
     """
     disable_rpc_servers disable_update_check distributed_worker_port_range
     enable_hf_transfer enable_hf_xet enable_ray gateway_kubeconfig image_name_override image_repo
-    model_catalog_file namespace ollama_library_base_url pipx_path proxy_mode ray_args
+    model_catalog_file namespace ollama_library_base_url pipx_path ray_args
     ray_client_server_port ray_dashboard_agent_grpc_port ray_dashboard_agent_listen_port
     ray_dashboard_port ray_metrics_export_port ray_node_manager_port ray_object_manager_port
     ray_port ray_runtime_env_agent_port ray_worker_port_range rpc_server_args

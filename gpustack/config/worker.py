@@ -123,8 +123,10 @@ class WorkerOptions:
     )  # fmt: skip
     proxy_mode: str = option(
         "--proxy-mode", "str", "direct",
-        "How gateways elsewhere reach this worker.",
-        "其他节点的网关访问本工作节点的方式。",
+        "How requests reach this worker: direct, gateways dial its port (a tunnel where the server "
+        "cannot); tunnel, it dials them.",
+        "请求到达本工作节点的方式：direct，由网关连接其端口（服务器无法连接时改用隧道）；tunnel，"
+        "由本工作节点主动连接网关。",
         choices=("direct", "tunnel"),
     )  # fmt: skip
     worker_labels: tuple[str, ...] = option(

@@ -1,4 +1,7 @@
-"""One client's connection: requests in, answers out, in the order they were asked."""
+"""One client's connection: requests in, answers out, in the order they were asked.
+
+Longer than most: reading, answering and ending share the state of one connection.
+"""
 
 import asyncio
 import math
@@ -87,6 +90,8 @@ class Connection(asyncio.Protocol):
         self._head_size = 0  # bytes of the fields that the parser has handed over
         self._fed = 0  # bytes read since the head's first read
         self._upgrade: bytes | None = None
+        self._switching = False  # what follows the request is another protocol's
+        self._next: tuple[asyncio.Protocol, bytes] | None = None  # to whom, after which bytes
         self._unread = 0.0  # bytes of the incoming body that are still to come
 
     # --- asyncio.Protocol ----------------------------------------------------------------
@@ -137,7 +142,9 @@ class Connection(asyncio.Protocol):
 
     def _feed(self, chunk: bytes) -> None:
         rest = self._parse(chunk)
-        if rest is not None:
+        if rest is not None and self._switching:
+            self._held += rest
+        elif rest is not None:
             self._without_upgrade(rest)
         self._advance()
 
@@ -202,7 +209,8 @@ class Connection(asyncio.Protocol):
         method = self._parser.get_method()
         if method == b"CONNECT":
             raise HttpError(400, "this server is not a tunnel")
-        if self._parser.should_upgrade():
+        self._switching = self._parser.should_upgrade() and self._may_switch()
+        if self._parser.should_upgrade() and not self._switching:
             kept = [pair for pair in self._headers if pair[0] != b"upgrade"]
             lines = [b"%b %b HTTP/1.1\r\n" % (method, self._target)]
             lines += [b"%b: %b\r\n" % pair for pair in kept]
@@ -213,6 +221,9 @@ class Connection(asyncio.Protocol):
         if chunked and exchange.http10:
             raise HttpError(400, "HTTP/1.0 knows no transfer coding")
         exchange.keep_alive = not exchange.http10 and bool(self._parser.should_keep_alive())
+        exchange.upgrades = self._switching
+        if self._switching:
+            exchange.keep_alive = False  # no HTTP follows, whatever the answer is
         if len(self.queue) >= self.server.limits.ahead:
             raise HttpError(400, "too many requests at once")
         self.incoming = exchange
@@ -221,6 +232,14 @@ class Connection(asyncio.Protocol):
         self.deadline = self.server.now() + self.server.limits.body_s
         if len(self.queue) == 1 and not self._client_is_slow:
             self._dispatch(exchange)
+
+    def _may_switch(self) -> bool:
+        """Whether the server speaks the protocol that a request without a body asks for."""
+        wanted = [value for name, value in self._headers if name == b"upgrade"]
+        return wanted == [self.server.upgrade] and framing(self._headers) in (
+            (None, False),
+            (0, False),
+        )
 
     def _exchange(self, method: str, version: str) -> Exchange:
         target, headers = self._target, self._headers
@@ -319,6 +338,9 @@ class Connection(asyncio.Protocol):
                     self._dispatch(exchange)
                 if not exchange.finished:
                     return
+                if self._next is not None:
+                    self._hand_over(*self._next)
+                    return
                 if not exchange.complete:
                     self._answered_early(exchange)
                     return
@@ -342,6 +364,22 @@ class Connection(asyncio.Protocol):
         if not self.closing and not self._in_head:
             self.idle_since = self.server.now()
             self.deadline = self.idle_since + self.server.limits.idle_s
+
+    def _hand_over(self, protocol: asyncio.Protocol, head: bytes) -> None:
+        """Let `protocol` have the connection."""
+        self.resume_body()
+        transport, self._transport = self._transport, None
+        self.closing, self.deadline = True, math.inf
+        self.queue.clear()
+        self.server.forget(self)
+        if transport is None or transport.is_closing():
+            return
+        transport.write(head)
+        transport.set_protocol(protocol)
+        protocol.connection_made(transport)
+        if self._held:
+            protocol.data_received(bytes(self._held))
+            self._held.clear()
 
     def _answered_early(self, exchange: Exchange) -> None:
         """The answer is out and the request's body is still coming."""
@@ -384,6 +422,10 @@ class Connection(asyncio.Protocol):
         # uvloop raises on a transport that is closed and has not said so yet.
         if self._transport is not None and not self._transport.is_closing():
             self._transport.write(piece)
+
+    def switch(self, protocol: asyncio.Protocol, head: bytes) -> None:
+        self._next = (protocol, head)
+        self.answered()
 
     def pause_body(self) -> None:
         transport = self._transport

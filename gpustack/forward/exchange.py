@@ -68,6 +68,7 @@ class Link(Protocol):
     def abort(self, *, reset: bool = False) -> None: ...
     def pause_body(self) -> None: ...
     def resume_body(self) -> None: ...
+    def switch(self, protocol: asyncio.Protocol, head: bytes) -> None: ...
 
 
 class Exchange:
@@ -87,6 +88,7 @@ class Exchange:
         status: of the answer; 0 until it started.
         finished: the answer is complete, or the client left.
         also: headers that the answer carries whoever makes it.
+        upgrades: the client asks for the protocol that the server may switch to.
         vouched: the operator lets pages of this origin act with their user's session.
         dialect: how the API that is asked says errors.
     """
@@ -114,6 +116,7 @@ class Exchange:
         "receiver",
         "status",
         "target",
+        "upgrades",
         "vouched",
     )
 
@@ -137,6 +140,7 @@ class Exchange:
         self.finished = False
         self.also: Headers = []
         self.vouched = False
+        self.upgrades = False
         self.dialect: Dialect = error_answer
         self.receiver: Receiver | None = None
         self.early: list[bytes] = []  # body that came before the exchange's turn
@@ -178,6 +182,13 @@ class Exchange:
             return
         said, body = self.dialect(error)
         self.respond(error.status, [*said, *(headers or ())], body)
+
+    def switch(self, protocol: asyncio.Protocol, headers: Headers) -> None:
+        """Answer with 101, where it `upgrades`: the connection is `protocol`'s from now on."""
+        lines = [b"HTTP/1.1 101 Switching Protocols\r\n", b"connection: upgrade\r\n"]
+        lines += [b"%b: %b\r\n" % pair for pair in headers]
+        self.status, self.finished = 101, True
+        self._link.switch(protocol, b"".join([*lines, b"\r\n"]))
 
     def start(self, status: int, headers: Headers) -> None:
         """Begin the answer. The head leaves with the first write, or with `finish`.

@@ -40,12 +40,18 @@ App = Callable[[Exchange], Receiver]
 class Server:
     """Listening sockets, their connections, and how they end.
 
+    Args:
+        upgrade: the protocol that requests may ask to go on with, if any.
+
     Attributes:
         draining: every answer says `Connection: close`.
     """
 
-    def __init__(self, app: App, *, limits: Limits | None = None, sweep_s: float = 1.0) -> None:
+    def __init__(
+        self, app: App, *, limits: Limits | None = None, sweep_s: float = 1.0, upgrade: bytes = b""
+    ) -> None:
         self.app = app
+        self.upgrade = upgrade
         self.limits = limits or Limits()
         self.draining = False
         self.connections: set[Connection] = set()

@@ -16,8 +16,7 @@ import asyncio
 import logging
 import socket
 import ssl
-from collections.abc import Awaitable, Callable, Mapping
-from types import MappingProxyType
+from collections.abc import Awaitable, Callable
 from typing import Final, cast
 
 import httptools
@@ -28,7 +27,7 @@ from gpustack.lib import trust
 from gpustack.lib.net import is_loopback
 from gpustack.lib.platform import notice_dead_peer
 
-__all__ = ["Address", "Call", "Door", "Failure", "Pool", "Sink"]
+__all__ = ["Address", "Call", "Door", "Doors", "Failure", "Pool", "Sink"]
 
 logger = logging.getLogger(__name__)
 
@@ -223,18 +222,20 @@ class Connection(asyncio.Protocol):
         self._reusable = bool(self._parser.should_keep_alive())
 
 
-#: Makes a connected socket to something that no network reaches.
+#: Connects the protocol that it is given to something that no network reaches.
 #:
 #: Raises:
 #:     OSError: there is nothing behind it.
-Door = Callable[[], Awaitable[socket.socket]]
+Door = Callable[[asyncio.Protocol], Awaitable[None]]
+#: The door to an address; None: it is dialled.
+Doors = Callable[[Address], Door | None]
 
 
 class Pool:
     """Kept-alive connections by address. Everything it starts belongs to `group`.
 
     Args:
-        doors: addresses that are dialled in another way.
+        doors: to addresses that are dialled in another way.
     """
 
     def __init__(
@@ -244,7 +245,7 @@ class Pool:
         connect_timeout_s: float = 5.0,
         idle_s: float = 60.0,
         idle_max: int = 256,
-        doors: Mapping[Address, Door] = MappingProxyType({}),
+        doors: Doors = lambda _: None,
     ) -> None:
         self._group = group
         self._doors = doors
@@ -349,14 +350,12 @@ class Pool:
             )
 
     async def _dial(self, peer: Peer) -> Connection:
-        def made() -> Connection:
-            return Connection(self, peer)
-
-        if (door := self._doors.get(peer.address)) is not None:
-            _, connection = await self._loop.create_unix_connection(made, sock=await door())
+        connection = Connection(self, peer)
+        if (door := self._doors(peer.address)) is not None:
+            await door(connection)
         else:
             tls = trust.exactly(peer.certificate) if peer.certificate else None
-            _, connection = await self._loop.create_connection(made, *peer.address, ssl=tls)
+            await self._loop.create_connection(lambda: connection, *peer.address, ssl=tls)
         return connection
 
     def put_back(self, connection: Connection) -> None:

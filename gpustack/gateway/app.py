@@ -13,13 +13,16 @@ from gpustack.gateway.delivery import Delivery
 from gpustack.gateway.front import Front
 from gpustack.gateway.life import end, tune_gc
 from gpustack.gateway.plane import Plane
+from gpustack.gateway.process import Process
 from gpustack.gateway.public import Public
 from gpustack.gateway.routes import GATEWAY as ROUTES
 from gpustack.gateway.routing import Routing
 from gpustack.gateway.spool import Spool
+from gpustack.gateway.tunnels import Tunnels
 from gpustack.gateway.watch import Disk, Watch
 from gpustack.gateway.withdrawals import Withdrawals
 from gpustack.lib.role import Boot, leave
+from gpustack.lib.secrets import digest, new_secret
 
 __all__ = ["ROUTES", "data_plane", "serve"]
 
@@ -28,17 +31,20 @@ async def serve(boot: Boot) -> None:
     """Serve until the launcher says otherwise; return when the last stream has ended."""
     extra = boot.extra
     index, address = int(extra["index"]), ("127.0.0.1", int(extra["api_port"]))
-    counts = Counts.shared(int(extra["counts_fd"]), int(extra["processes"]), index)
+    processes = int(extra["processes"])
+    counts = Counts.shared(int(extra["counts_fd"]), processes, index)
     async with data_plane(
         from_json(boot.settings),
         server=address,
         credential=str(extra["gateway_credential"]),
         counts=counts,
-        keeps_snapshot=index == 0,
+        place=(index, processes),
     ) as public:
         await public.listen(boot)
         tune_gc()
-        await end(public.listener, await leave(public.reload))
+        reason = await leave(public.reload)
+        public.tunnels.leave()
+        await end(public.listener, reason)
 
 
 @asynccontextmanager
@@ -48,18 +54,21 @@ async def data_plane(
     server: Address,
     credential: str,
     counts: Counts,
-    keeps_snapshot: bool = True,
+    place: tuple[int, int] = (0, 1),
     doors: Mapping[Address, Door] = MappingProxyType({}),
 ) -> AsyncIterator[Public]:
     """All that a gateway is made of, running; listens nowhere yet.
 
     Args:
         server: the control plane, which `credential` opens for gateways.
-        keeps_snapshot: this process writes the tables to disk for its successors.
+        place: this process's index, and how many gateway processes the node has. The first
+            writes the tables to disk for its successors.
         doors: addresses that are dialled in another way.
     """
     disk = Disk(settings.data_dir / "gateway_snapshot.json")
-    routing = Routing(counts, settings.data_dir / "worker_credential")
+    tunnels = Tunnels(Process(digest(credential)[:16], new_secret(), *place))
+    routing = Routing(counts, settings.data_dir / "worker_credential", tunnels)
+    tunnels.changed = routing.changed
     usage = settings.data_dir / "usage"
     spool = Spool.create(usage)
     withdrawals = Withdrawals()
@@ -70,7 +79,7 @@ async def data_plane(
         disk.changed()
 
     async with asyncio.TaskGroup() as group:
-        pool = Pool(group, doors=doors)
+        pool = Pool(group, doors=lambda address: doors.get(address) or tunnels.door(address))
         watch = Watch(pool, server, credential, tables=disk.load(), changed=changed)
         delivery = Delivery(pool, server, credential, spool, usage)
         plane = Plane(
@@ -81,21 +90,23 @@ async def data_plane(
             ledger=spool,
             server=server,
             credential=credential,
+            tunnels=tunnels,
             force_auth_localhost=settings.force_auth_localhost,
         )
-        public = Public(Front(plane), settings)
+        public = Public(Front(plane), settings, tunnels)
         lasting = [
             public.open_tls(),
             watch.follow(),
             watch.answer_refreshes(),
             delivery.run(),
-            withdrawals.run(watch, public.listener, public.ends_revoked),
+            withdrawals.run(watch, public.listener, tunnels, public.ends_revoked),
         ]
-        if keeps_snapshot:
+        if place[0] == 0:
             lasting.append(disk.keep(watch))
         tasks = [group.create_task(each) for each in lasting]
         yield public
         for task in tasks:
             task.cancel()
         await delivery.close()
+        tunnels.close()
         pool.close()

@@ -34,16 +34,25 @@ def check(credential: Credential, *, cookie: bool, method: str, headers: Headers
         Unauthorized: it has expired, or its user is disabled.
         Forbidden: it may not, or a foreign page used a browser's cookie.
     """
-    if credential.ends_at is not None and credential.ends_at <= time():
-        raise Unauthorized("This credential has expired.")
-    if credential.user_disabled:
-        raise Unauthorized("The user of this credential is disabled.")
+    check_standing(credential)
     if credential.kind not in _MAY_INFER or _SCOPES.isdisjoint(credential.scopes):
         raise Forbidden("This credential may not run models.")
     if credential.password_change_required:
         raise PasswordChangeRequired()
     if cookie and method not in ("GET", "HEAD") and from_foreign_page(headers):
         raise Forbidden("A page of another origin may not use this session.")
+
+
+def check_standing(credential: Credential) -> None:
+    """Return if `credential` is anybody's.
+
+    Raises:
+        Unauthorized: it has expired, or its user is disabled.
+    """
+    if credential.ends_at is not None and credential.ends_at <= time():
+        raise Unauthorized("This credential has expired.")
+    if credential.user_disabled:
+        raise Unauthorized("The user of this credential is disabled.")
 
 
 def check_again(then: Credential, tables: Tables, model: Model | None = None) -> Credential:

@@ -8,17 +8,19 @@ from gpustack.forward.address import is_forwarding
 from gpustack.forward.exchange import IGNORED, Exchange, Receiver
 from gpustack.forward.upstream import Failure
 from gpustack.gateway.answers import MethodNotAllowed, ModelNotFound, openai, refuse
+from gpustack.gateway.arriving import Arriving, pass_to_agent
 from gpustack.gateway.credentials import is_for, may_use
 from gpustack.gateway.inference import Inference
 from gpustack.gateway.passing import Passing, is_endless, without_private
 from gpustack.gateway.plane import Plane, Stranger
 from gpustack.gateway.probes import PROBE_PATHS, probe
-from gpustack.gateway.routes import MODELS, OPERATIONS, PREFIXES, RERANK, WATCH
+from gpustack.gateway.routes import MODELS, OPERATIONS, PREFIXES, RERANK, TUNNEL, WATCH
 from gpustack.gateway.tables import Credential, Model
 from gpustack.schemas import wire
 
 _PRIVATE: Final = wire.PRIVATE_PREFIX.encode()
 _MODEL: Final = f"{MODELS}/"
+_AGENTS: Final = f"{TUNNEL.pattern}/"
 
 
 class Front:
@@ -39,6 +41,11 @@ class Front:
         if path in PROBE_PATHS and exchange.method in ("GET", "HEAD"):
             probe(exchange, self._not_ready())
             return IGNORED
+        if path.startswith(TUNNEL.pattern):
+            if (exchange.method, path) == (TUNNEL.method, TUNNEL.pattern):
+                return Arriving(self._plane, exchange).begin()
+            if path.startswith(_AGENTS):
+                return pass_to_agent(self._plane, exchange, path[len(_AGENTS) :])
         return self._pass(exchange)
 
     def _not_ready(self) -> str | None:

@@ -21,6 +21,7 @@ class Passing:
     Args:
         headers: end-to-end headers for the upstream, without the body's framing.
         refuse: answers the client if the upstream does not.
+        target: of the request, where it is another than the client's.
         repeatable: whatever the method, the request may be sent twice.
         patience_s: for the answer's head, without the upstream taking any of the body; None:
             an engine may think for hours.
@@ -45,6 +46,7 @@ class Passing:
         headers: Headers,
         refuse: Refuse,
         *,
+        target: bytes | None = None,
         repeatable: bool = False,
         patience_s: float | None = PATIENCE_S,
     ) -> None:
@@ -61,7 +63,7 @@ class Passing:
         self._call: Call = pool.send(
             address,
             exchange.method,
-            exchange.target,
+            exchange.target if target is None else target,
             headers,
             self,
             repeatable=repeatable or exchange.method in _IDEMPOTENT,

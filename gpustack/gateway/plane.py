@@ -16,6 +16,7 @@ from gpustack.gateway.passing import PATIENCE_S
 from gpustack.gateway.routing import Routing
 from gpustack.gateway.spool import Record
 from gpustack.gateway.tables import Credential, Model, Tables
+from gpustack.gateway.tunnels import Tunnels
 from gpustack.gateway.watch import Watch
 from gpustack.lib.secrets import digest
 
@@ -39,6 +40,7 @@ class Plane:
         group: for the few requests that have to wait for news from the server.
         server: where everything goes that is not the gateway's own.
         credential: with which the server knows this gateway.
+        tunnels: those that end in this process.
         force_auth_localhost: loopback needs credentials as well.
         server_patience_s: for the head of an answer to what is passed on.
     """
@@ -50,6 +52,7 @@ class Plane:
     ledger: Ledger
     server: Address
     credential: str
+    tunnels: Tunnels
     force_auth_localhost: bool
     server_patience_s: float = PATIENCE_S
 
@@ -102,6 +105,25 @@ class Plane:
             method=exchange.method,
             headers=exchange.headers,
         )
+        return known
+
+    def part(self, exchange: Exchange, kind: str) -> Credential:
+        """The credential of a part of the product that asks: "worker" or "gateway".
+
+        Raises:
+            Unauthorized: no credential, or one that has ended.
+            Stranger: one that the tables do not have; newer tables may.
+            Forbidden: another's.
+        """
+        shown = credentials.presented(exchange.headers)
+        if shown is None or not shown.secret:
+            raise Unauthorized()
+        known = self.tables.by_digest.get(digest(shown.secret))
+        if known is None:
+            raise Stranger("This credential is not known.")
+        credentials.check_standing(known)
+        if known.kind != kind:
+            raise Forbidden(f"This is for a {kind} alone.")
         return known
 
     def model(self, name: str, credential: Credential | None) -> Model:

@@ -9,6 +9,7 @@ from typing import Any, Final
 from gpustack.config.load import with_hot
 from gpustack.config.options import Settings
 from gpustack.errors import SettingsError, Unavailable
+from gpustack.forward import tunnel
 from gpustack.forward.exchange import IGNORED, Exchange, Receiver
 from gpustack.forward.listener import App, Server
 from gpustack.gateway import cors, proxies
@@ -16,6 +17,7 @@ from gpustack.gateway.answers import refuse
 from gpustack.gateway.inference import open_requests
 from gpustack.gateway.routes import is_inference
 from gpustack.gateway.tls import Certificate
+from gpustack.gateway.tunnels import Tunnels
 from gpustack.lib.role import Boot
 
 logger = logging.getLogger(__name__)
@@ -31,13 +33,14 @@ class Public:
     A certificate that cannot be used closes the HTTPS port and nothing else, until it can be.
     """
 
-    def __init__(self, front: App, settings: Settings) -> None:
+    def __init__(self, front: App, settings: Settings, tunnels: Tunnels) -> None:
+        self.tunnels = tunnels
         self._front = front
         self._settings = settings
         self._certificate: Certificate | None = None
         self._tls: asyncio.Future[socket.socket] = asyncio.get_running_loop().create_future()
         self._reloaded = asyncio.Event()
-        self.listener = Server(self._app())
+        self.listener = Server(self._app(), upgrade=tunnel.PROTOCOL)
 
     async def listen(self, boot: Boot) -> None:
         """Answer at the public sockets among those that the launcher gave."""

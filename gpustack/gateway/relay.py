@@ -4,6 +4,7 @@ It knows the engines from the records that the agent keeps on disk, so it needs 
 nor the server, and an agent may die without cutting a stream.
 
 It speaks TLS with the certificate that the agent has made and told the server of, and nothing else.
+Where gateways cannot dial it, it dials them: see `dial_out`.
 """
 
 import asyncio
@@ -18,9 +19,11 @@ import msgspec
 
 from gpustack.config.load import from_json
 from gpustack.errors import GPUStackError, SettingsError, Unauthorized, Unavailable
+from gpustack.forward.connection import Connection
 from gpustack.forward.exchange import IGNORED, Exchange, Receiver
 from gpustack.forward.listener import Server
 from gpustack.forward.upstream import Address, Failure, Pool
+from gpustack.gateway.dial_out import DialOut
 from gpustack.gateway.life import end, tune_gc
 from gpustack.gateway.passing import Passing, is_endless, without_private
 from gpustack.gateway.probes import probe
@@ -177,9 +180,19 @@ async def serve(boot: Boot) -> None:
         pool = Pool(group)
         server = Server(Relay(pool, Engines(settings.data_dir / "engines"), agent))
         file = settings.data_dir / wire.WORKER_CERTIFICATE_FILE
-        listening = group.create_task(listen(server, boot.socket("worker"), file))
+        lasting = [group.create_task(listen(server, boot.socket("worker"), file))]
+        out = None
+        if settings.server_url is not None:
+            out = DialOut(settings, settings.server_url, lambda: Connection(server, b"https"))
+            lasting.append(group.create_task(out.run()))
         tune_gc()
         reason = await leave()
-        listening.cancel()
+        for task in lasting:
+            task.cancel()
+        if out is not None:
+            out.leave()
+            await out.left()
         await end(server, reason)
+        if out is not None:
+            out.close()
         pool.close()

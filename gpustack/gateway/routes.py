@@ -5,6 +5,8 @@ A test walks through them all.
 
 from typing import Final, NamedTuple
 
+from gpustack.schemas.wire import TUNNEL_PATH
+
 
 class Route(NamedTuple):
     """One route.
@@ -38,12 +40,17 @@ MODELS: Final = "models"
 #: Where changes are followed for as long as the client likes.
 WATCH: Final = "/v2/watch"
 RERANK: Final = Route("POST", "/v2/rerank")
+#: For relays, to have requests sent back; below it, for this node's server: a worker's agent.
+TUNNEL: Final = Route("GET", TUNNEL_PATH)
+AGENTS: Final = Route("*", f"{TUNNEL_PATH}/{{worker_id}}/{{any}}")
 
 GATEWAY: Final = (
     *PROBES,
     *(Route("POST", prefix + operation) for prefix in PREFIXES for operation in OPERATIONS),
     *(Route("GET", prefix + path) for prefix in PREFIXES for path in (MODELS, f"{MODELS}/{{id}}")),
     RERANK,
+    TUNNEL,
+    AGENTS,
 )
 
 

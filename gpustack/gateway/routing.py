@@ -11,7 +11,8 @@ from gpustack.forward.http1 import Headers
 from gpustack.forward.upstream import Address
 from gpustack.gateway.choice import Candidate, choose
 from gpustack.gateway.counts import Counts
-from gpustack.gateway.tables import Instance, Model, Tables
+from gpustack.gateway.tables import Instance, Model, Tables, Worker
+from gpustack.gateway.tunnels import Tunnels, is_tunnel, tunnel_to
 from gpustack.lib.backoff import delay_s
 from gpustack.lib.decode import UNREADABLE
 from gpustack.lib.net import url_host
@@ -79,8 +80,9 @@ class _WorkerCredential(msgspec.Struct):
 class Routing:
     """The targets of every model, made from the tables when they are first asked for."""
 
-    def __init__(self, counts: Counts, worker_file: Path) -> None:
+    def __init__(self, counts: Counts, worker_file: Path, tunnels: Tunnels) -> None:
         self.counts = counts
+        self._tunnels = tunnels
         self._worker_file = worker_file
         self._targets: dict[int, list[Target]] = {}
         self._known: dict[int, Target] = {}
@@ -115,12 +117,13 @@ class Routing:
         local = self._local_worker()
         found = []
         for instance in tables.of_model.get(model.id, {}).values():
-            target = _target(tables, instance, local)
+            target = _target(tables, instance, local, self._tunnels)
             if target is None:
                 self._known.pop(instance.id, None)
                 continue
             old = self._known.get(instance.id)
-            self._warn(instance.worker_id, local, in_clear=not target.certificate)
+            in_clear = not target.certificate and not is_tunnel(target.address)
+            self._warn(instance.worker_id, local, in_clear=in_clear)
             same = old is not None and old.address == target.address
             if old is not None and same and old.certificate == target.certificate:
                 target.failures, target.rests_until = old.failures, old.rests_until
@@ -154,14 +157,16 @@ class Routing:
             return None
 
 
-def _target(tables: Tables, instance: Instance, local: int | None) -> Target | None:
+def _target(
+    tables: Tables, instance: Instance, local: int | None, tunnels: Tunnels
+) -> Target | None:
     if instance.deleting or instance.port is None or instance.worker_id is None:
         return None
     if instance.state not in ("running", "unreachable"):
         return None
     secret = (instance.secret or "").encode()
     headers: Headers = [(b"authorization", b"Bearer " + secret)]
-    certificate = ""
+    certificate, worker = "", None
     if instance.worker_id == local:
         address = ("127.0.0.1", instance.port)
     else:
@@ -171,6 +176,8 @@ def _target(tables: Tables, instance: Instance, local: int | None) -> Target | N
         address, certificate = (worker.ip, worker.port), worker.certificate
         headers.append((wire.INSTANCE_HEADER.encode(), b"%d" % instance.id))
     headers.append((b"host", f"{url_host(address[0])}:{address[1]}".encode()))
+    if worker is not None and _by_tunnel(worker, tunnels):
+        address, certificate = tunnel_to(worker.id), ""
     return Target(
         instance.id,
         address,
@@ -178,6 +185,13 @@ def _target(tables: Tables, instance: Instance, local: int | None) -> Target | N
         last_resort=instance.state == "unreachable",
         certificate=certificate,
     )
+
+
+def _by_tunnel(worker: Worker, tunnels: Tunnels) -> bool:
+    """Whether requests go through a tunnel: the worker says so, or nobody could dial it."""
+    if worker.proxy_mode == "tunnel":
+        return True
+    return worker.reached_by == "tunnel" and tunnels.has(worker.id)
 
 
 def not_ready(tables: Tables, model: Model) -> str:

@@ -73,6 +73,8 @@ class Worker(msgspec.Struct, frozen=True):
     ip: str
     port: int
     certificate: str = ""
+    proxy_mode: str = "direct"
+    reached_by: str = "direct"
 
 
 class Snapshot(msgspec.Struct):

@@ -1,4 +1,4 @@
-"""Requests to models that are open when their credential is withdrawn."""
+"""What is open when its credential is withdrawn: requests to models, and tunnels."""
 
 import asyncio
 from collections.abc import Callable
@@ -6,13 +6,14 @@ from typing import Final
 
 from gpustack.forward.listener import Server
 from gpustack.gateway.inference import open_requests
+from gpustack.gateway.tunnels import Tunnels
 from gpustack.gateway.watch import Watch
 
 _EVERY_S: Final = 0.25
 
 
 class Withdrawals:
-    """Ends requests whose credential no longer stands, where the operator wants that."""
+    """Ends tunnels whose credential no longer stands; requests too, if the operator wants that."""
 
     def __init__(self) -> None:
         self._dirty = asyncio.Event()
@@ -21,7 +22,9 @@ class Withdrawals:
         """The tables are others now."""
         self._dirty.set()
 
-    async def run(self, watch: Watch, listener: Server, ends: Callable[[], bool]) -> None:
+    async def run(
+        self, watch: Watch, listener: Server, tunnels: Tunnels, ends: Callable[[], bool]
+    ) -> None:
         """Look after each change, at most once in 250 ms, until cancelled.
 
         Args:
@@ -30,6 +33,8 @@ class Withdrawals:
         while True:
             await self._dirty.wait()
             self._dirty.clear()
+            if watch.tables is not None:
+                tunnels.end_withdrawn(watch.tables)
             if ends() and watch.tables is not None:
                 for request in list(open_requests(listener)):
                     request.end_if_withdrawn(watch.tables)

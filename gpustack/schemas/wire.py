@@ -16,6 +16,15 @@ INSTANCE_HEADER = "x-gpustack-instance"
 # Relay to gateway: it was the relay that refused, not the engine; another instance may be tried.
 RELAY_REFUSED_HEADER = "x-gpustack-relay-refused"
 
+# Relay to gateway, to have requests sent back over one connection; see gateway/tunnels.py.
+TUNNEL_PATH = "/v2/tunnel"
+HAS_HEADER = "x-gpustack-has"  # lives of the gateway processes to which it has a tunnel
+RELAY_HEADER = "x-gpustack-relay"  # its own life
+PROCESS_HEADER = "x-gpustack-process"  # the answer: node, life, index and count of processes
+
+# Server to its node's gateway, below TUNNEL_PATH: the secret that a worker's agent asks for.
+AGENT_HEADER = "x-gpustack-agent"
+
 # Every header that a client must not be able to set: the gateway removes them.
 PRIVATE_PREFIX = "x-gpustack-"
 

@@ -28,6 +28,13 @@ class Scheduling(StrEnum):
     DRAINING = "draining"  # it takes none, and what runs there moves to other workers
 
 
+class ProxyMode(StrEnum):
+    """How requests get to a worker."""
+
+    DIRECT = "direct"  # gateways dial its port; where they cannot, a tunnel
+    TUNNEL = "tunnel"  # its relay dials the gateways, and they send requests back
+
+
 class ProblemCode(StrEnum):
     """What is wrong with a device. Part of the wire contract."""
 
@@ -213,6 +220,7 @@ class Registration(Body):
     Attributes:
         certificate: what its port shows, as PEM; empty: it speaks no TLS. Once there was one, an
             empty one changes nothing.
+        proxy_mode: what the worker was told.
     """
 
     name: OneLine = Field(min_length=1, max_length=253)
@@ -227,6 +235,7 @@ class Registration(Body):
     system_reserved_vram_bytes: int = Field(0, ge=0)
     version: str = ""
     certificate: str = Field("", max_length=2048)
+    proxy_mode: Annotated[ProxyMode, Strict(False)] = ProxyMode.DIRECT
 
 
 class Registered(Schema):
@@ -247,6 +256,16 @@ class Heartbeat(Body):
     machine_id: str
     boot_id: str
     run_id: str
+
+
+class Heard(Schema):
+    """Answer to a heartbeat.
+
+    Attributes:
+        tunnel: the server cannot reach the worker's port: its relay should dial.
+    """
+
+    tunnel: bool = False
 
 
 class WorkerUpdate(Body):
@@ -301,6 +320,8 @@ class Worker(Schema):
             it is not encrypted.
         labels: the worker's own and the administrators' together; models select by these.
         admin_labels: those from administrators alone.
+        proxy_mode: what the worker was told.
+        reached_by: how requests get to it now.
         generation: counts what administrators changed.
     """
 
@@ -322,5 +343,7 @@ class Worker(Schema):
     status: WorkerStatus | None = None
     version: str = ""
     certificate: str = ""
+    proxy_mode: ProxyMode = ProxyMode.DIRECT
+    reached_by: ProxyMode = ProxyMode.DIRECT
     created_at: Time
     updated_at: Time

@@ -52,6 +52,7 @@ from gpustack.server.api import (
     workers,
 )
 from gpustack.server.api import settings as start_options
+from gpustack.server.api.agents import OwnGateway
 from gpustack.server.api.browsers import telling
 from gpustack.server.auth.external import Elsewhere
 from gpustack.server.auth.known import Known
@@ -319,6 +320,9 @@ async def control_plane(
             )
             app.state.settings, app.state.last_uses = settings, last_uses
             app.state.patience = patience
+            app.state.gateway = OwnGateway(
+                extra.get("gateway_url", ""), extra["gateway_credential"]
+            )
             async with _providers(settings) as app.state.providers:
                 yield app
             for task in tasks:

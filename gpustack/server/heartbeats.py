@@ -28,10 +28,12 @@ class Heartbeats:
     Attributes:
         runs: the run of each worker that the database is known to have.
         facts: what each worker has, as far as the database is known to have it.
+        tunnels: whether requests get to each worker by tunnel, as far as that is known.
     """
 
     def __init__(self) -> None:
         self.runs: dict[int, str] = {}
+        self.tunnels: dict[int, bool] = {}
         self.facts: dict[int, dict[str, object]] = {}
         self._heard: dict[int, float] = {}
         self._unwritten: dict[int, dict[str, Any]] = {}
@@ -57,6 +59,7 @@ class Heartbeats:
     def forget(self, worker_id: int) -> None:
         """The worker's row has changed: what is known of it has to be read again."""
         self.runs.pop(worker_id, None)
+        self.tunnels.pop(worker_id, None)
         self.facts.pop(worker_id, None)
 
     async def write(self, db: Database) -> None:

@@ -17,6 +17,7 @@ from gpustack.server.controllers.models import Models
 from gpustack.server.controllers.placement import Placements
 from gpustack.server.controllers.profiles import Profiles
 from gpustack.server.controllers.queue import WorkQueue
+from gpustack.server.controllers.reach import AT_ONCE, Reach
 from gpustack.server.controllers.workers import Patience
 from gpustack.server.controllers.world import World
 from gpustack.server.db import tables
@@ -39,6 +40,7 @@ class Queues:
         self.models, self.profiles = WorkQueue[int](), WorkQueue[int]()
         self.placement = WorkQueue[int]()
         self.workers = WorkQueue[int]()
+        self.reach = WorkQueue[int]()
 
     def hint(self, kind: str, row_id: int) -> None:
         if kind == wire.MODELS:
@@ -46,6 +48,7 @@ class Queues:
             self.profiles.add(row_id)
         elif kind == wire.WORKERS:
             self.workers.add(workers.ALL)
+            self.reach.add(row_id)
         if kind not in {wire.CREDENTIALS, wire.API_KEYS}:
             self.placement.add(placement.ALL)
 
@@ -98,6 +101,8 @@ class Control:
             async with asyncio.TaskGroup() as group:
                 for name, controller, queue in controllers:
                     group.create_task(runner.run(name, controller, queue))
+                reach = Reach(db)
+                group.create_task(runner.run("reach", reach, queues.reach, workers=AT_ONCE))
                 for name, step, every_s in (
                     ("relist", lambda: queues.relist(db), RELIST_S),
                     ("history", lambda: _in_term(prune(db)), RELIST_S),

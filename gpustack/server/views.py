@@ -10,6 +10,7 @@ from sqlalchemy.orm import load_only
 from sqlalchemy.orm.interfaces import ORMOption
 from sqlmodel import col, select
 
+from gpustack.lib.net import url_host
 from gpustack.schemas import wire
 from gpustack.schemas.access import Grants, RoutedModel
 from gpustack.schemas.credentials import ApiKey, Credential, CredentialKind
@@ -24,7 +25,7 @@ from gpustack.schemas.instances import (
 from gpustack.schemas.model_files import ModelFile, ModelFileState
 from gpustack.schemas.model_files import shown_state as shown_file_state
 from gpustack.schemas.models import Model, ModelSpec, Rollout, VersionSpec
-from gpustack.schemas.workers import Leaving, Worker, WorkerState, WorkerStatus
+from gpustack.schemas.workers import Leaving, ProxyMode, Worker, WorkerState, WorkerStatus
 from gpustack.server import silence
 from gpustack.server.auth.principals import Principal
 from gpustack.server.db import tables
@@ -32,6 +33,7 @@ from gpustack.server.db.access import grants_of, groups_of, may_use, usable_by
 from gpustack.server.db.database import ReadSession
 from gpustack.server.db.drains import leaving_of
 from gpustack.server.db.rollouts import rollouts_of
+from gpustack.server.db.workers import by_tunnel
 
 T = TypeVar("T")
 
@@ -388,13 +390,21 @@ def worker_view(row: tables.Worker, leaving: Sequence[Leaving] = ()) -> Worker:
         state, message = WorkerState.UNREACHABLE, silence.of_worker(row)
     elif row.facts is None:
         state, message = WorkerState.NOT_READY, "it has not reported yet what it has"
+    elif row.unreached and row.proxy_mode != ProxyMode.TUNNEL:
+        message = (
+            f"it cannot be reached at {url_host(row.ip)}:{row.port} from the server "
+            f"({row.unreached}); requests go through its tunnel"
+        )
     return Worker.model_validate(
-        row.model_dump(exclude={"revision", "facts", "agent_secret", "machine_id", "run_id"})
+        row.model_dump(
+            exclude={"revision", "facts", "agent_secret", "machine_id", "run_id", "unreached"}
+        )
         | {
             "labels": row.labels | row.admin_labels,
             "leaving": list(leaving),
             "state": state,
             "state_message": message,
+            "reached_by": ProxyMode.TUNNEL if by_tunnel(row) else ProxyMode.DIRECT,
             "status": WorkerStatus.model_validate(_status(row, row.facts)) if row.facts else None,
         }
     )

@@ -23,7 +23,7 @@ from gpustack.lib import platform, trust
 from gpustack.lib.backoff import delay_s
 from gpustack.lib.secrets import new_secret
 from gpustack.lib.units import GIB
-from gpustack.schemas.workers import Registered, Registration
+from gpustack.schemas.workers import ProxyMode, Registered, Registration
 from gpustack.worker.detectors import host
 
 logger = logging.getLogger(__name__)
@@ -34,6 +34,7 @@ class Membership(BaseModel):
 
     Attributes:
         server_fingerprint: of the server's key, where that is how the server is known.
+        tunnel: the server cannot reach this worker's port, so the relay dials.
     """
 
     worker_id: int
@@ -41,6 +42,7 @@ class Membership(BaseModel):
     agent_secret: str
     cluster_id: str
     server_fingerprint: str | None = None
+    tunnel: bool = False
 
 
 def load_membership(data_dir: Path) -> Membership | None:
@@ -56,7 +58,7 @@ def load_membership(data_dir: Path) -> Membership | None:
 
 def save_membership(data_dir: Path, membership: Membership) -> None:
     platform.write_private(
-        data_dir / "worker_credential", membership.model_dump_json(exclude_none=True)
+        data_dir / "worker_credential", membership.model_dump_json(exclude_defaults=True)
     )
 
 
@@ -90,6 +92,7 @@ def registration(settings: Settings, address: str, certificate: str) -> Registra
         port=settings.worker_port,
         version=__version__,
         certificate=certificate,
+        proxy_mode=ProxyMode(settings.proxy_mode),
         **changeable(settings),
     )
 
@@ -148,6 +151,15 @@ class Enrolment:
         """This worker says something else of itself from now on."""
         self.registration = self.registration.model_copy(update=said)
         self.news.set()
+
+    def told_tunnel(self, tunnel: bool) -> None:
+        """The server says whether requests get here by tunnel; the relay reads it from the file."""
+        known = self.membership
+        if known is None or known.tunnel == tunnel:
+            return
+        self.membership = known.model_copy(update={"tunnel": tunnel})
+        save_membership(self._data_dir, self.membership)
+        logger.info("the server %s this worker's port", "cannot reach" if tunnel else "reaches")
 
     def client(self, credential: str) -> AgentClient:
         """To call the server with."""
@@ -221,6 +233,7 @@ class Enrolment:
             agent_secret=answer.agent_secret,
             cluster_id=answer.cluster_id,
             server_fingerprint=self._fingerprint,
+            tunnel=known is not None and known.tunnel,
         )
         if membership != known:
             save_membership(self._data_dir, membership)

@@ -115,7 +115,7 @@ class Session:
         while True:
             why = ""
             try:
-                await client.heartbeat(worker_id, beat)
+                self._enrolment.told_tunnel((await client.heartbeat(worker_id, beat)).tunnel)
             except (Unauthorized, Forbidden):
                 raise
             except Conflict as error:

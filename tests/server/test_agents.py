@@ -10,7 +10,7 @@ from gpustack.forward.listener import Server
 from gpustack.gateway.tls import Certificate
 from gpustack.lib.platform import listen
 from gpustack.schemas.wire import WORKER_CERTIFICATE_FILE
-from gpustack.server.api.agents import asked
+from gpustack.server.api.agents import OwnGateway, asked
 from gpustack.server.db.tables import Worker
 from gpustack.worker.certificate import OwnCertificate
 from tests.support.wait import settled
@@ -34,14 +34,14 @@ async def test_who_has_the_certificate_is_asked_and_nobody_else(tmp_path: Path) 
         system_reserved_vram_bytes=0, version="", certificate=shown, agent_secret="the-secret",
     )  # fmt: skip
     try:
-        async with asked(row, "GET", "/v2/logs/1") as answered:
+        async with asked(row, "GET", "/v2/logs/1", gate=OwnGateway("", "")) as answered:
             assert await answered.aread() == b"a log"
         row.certificate = other
         why = (
             "worker w cannot be reached: it does not show the certificate with which it registered"
         )
         with pytest.raises(Unavailable, match=why):
-            async with asked(row, "GET", "/v2/logs/1"):
+            async with asked(row, "GET", "/v2/logs/1", gate=OwnGateway("", "")):
                 pass
         assert seen == [b"Bearer the-secret"]
     finally:

@@ -522,7 +522,7 @@ async def test_a_second_process_with_one_credential_is_told_so(plane: Plane) -> 
     agent = await plane.worker()
     beat = {"machine_id": "machine-w1", "boot_id": "boot", "run_id": "run"}
     path = f"/v2/workers/{agent.id}/heartbeat"
-    assert (await agent.http.put(path, json=beat)).status_code == 204
+    assert (await agent.http.put(path, json=beat)).json() == {"tunnel": False}
     assert (await agent.http.put(path, json=beat | {"run_id": "clone"})).status_code == 409
     clone = registration(machine_id="another machine", run_id="clone")
     answer = await agent.http.put(f"/v2/workers/{agent.id}/registration", json=clone)

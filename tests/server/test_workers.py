@@ -157,7 +157,7 @@ async def test_heartbeats_are_written_in_one_statement_and_are_no_change(plane: 
     before = await state_of(plane, agent.id)
     beat = {"machine_id": "machine-w1", "boot_id": "boot", "run_id": "run"}
     path = f"/v2/workers/{agent.id}/heartbeat"
-    assert (await agent.http.put(path, json=beat)).status_code == 204
+    assert (await agent.http.put(path, json=beat)).status_code == 200
     await heartbeats.write(plane.db)
     after = await state_of(plane, agent.id)
     assert after[0] != before[0]

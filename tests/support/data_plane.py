@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from gpustack.forward import tunnel
 from gpustack.forward.listener import Server
 from gpustack.forward.upstream import Pool
 from gpustack.gateway import proxies
@@ -15,10 +16,14 @@ from gpustack.gateway.counts import Counts
 from gpustack.gateway.delivery import Delivery
 from gpustack.gateway.front import Front
 from gpustack.gateway.plane import Plane
+from gpustack.gateway.process import Process
 from gpustack.gateway.routing import Routing
 from gpustack.gateway.spool import Spool
+from gpustack.gateway.tunnels import Tunnels
 from gpustack.gateway.watch import Disk, Watch
+from gpustack.gateway.withdrawals import Withdrawals
 from gpustack.lib.platform import listen, write_private
+from gpustack.lib.secrets import new_secret
 from tests.support.openai_engine import Engine
 from tests.support.raw_http import Reply, ask
 from tests.support.wait import eventually
@@ -37,6 +42,7 @@ class Gateway:
     spool: Spool
     delivery: Delivery
     pool: Pool
+    tunnels: Tunnels
 
     async def chat(
         self, body: object = None, headers: dict[str, str] | None = None, path: str = ""
@@ -62,20 +68,29 @@ async def gateway(
     cors: Policy | None = None,
     trusted_proxies: Sequence[str] = (),
     server_patience_s: float = 10.0,
+    place: tuple[int, int] = (0, 1),
 ) -> AsyncIterator[Gateway]:
-    """A gateway with local worker 1. `ready`: wait until it has the server's tables."""
+    """A gateway with local worker 1. `ready`: wait until it has the server's tables.
+
+    Args:
+        place: its index, and how many processes its node has.
+    """
     write_private(data_dir / "worker_credential", '{"worker_id": 1, "credential": "x"}')
     address = ("127.0.0.1", api_port)
     disk = Disk(data_dir / "gateway_snapshot.json")
-    routing = Routing(Counts.private(), data_dir / "worker_credential")
+    tunnels = Tunnels(Process("node", new_secret(), *place))
+    routing = Routing(Counts.private(), data_dir / "worker_credential", tunnels)
+    tunnels.changed = routing.changed
+    withdrawals = Withdrawals()
     spool = Spool.create(data_dir / "usage")
 
     def changed() -> None:
+        withdrawals.changed()
         routing.changed()
         disk.changed()
 
     async with asyncio.TaskGroup() as group:
-        pool = Pool(group, connect_timeout_s=1.0)
+        pool = Pool(group, connect_timeout_s=1.0, doors=tunnels.door)
         tables = disk.load() if from_disk else None
         watch = Watch(pool, address, "gateway-secret", tables=tables, changed=changed)
         delivery = Delivery(pool, address, "gateway-secret", spool, data_dir / "usage")
@@ -87,12 +102,15 @@ async def gateway(
             ledger=spool,
             server=address,
             credential="gateway-secret",
+            tunnels=tunnels,
             force_auth_localhost=force_auth,
             server_patience_s=server_patience_s,
         )
         lasting = [watch.follow(), watch.answer_refreshes(), disk.keep(watch, every_s=0.01)]
+        app = proxies.around(around(Front(plane), cors), trusted_proxies)
+        server = Server(app, sweep_s=0.05, upgrade=tunnel.PROTOCOL)
+        lasting.append(withdrawals.run(watch, server, tunnels, lambda: False))
         tasks = [group.create_task(each) for each in lasting]
-        server = Server(proxies.around(around(Front(plane), cors), trusted_proxies), sweep_s=0.05)
         sock = listen("127.0.0.1", 0)
         port = sock.getsockname()[1]
         await server.listen(sock)
@@ -103,9 +121,10 @@ async def gateway(
                     return watch.connected
 
                 await eventually(connected, "the gateway has the server's tables")
-            yield Gateway(port, server, watch, routing, spool, delivery, pool)
+            yield Gateway(port, server, watch, routing, spool, delivery, pool, tunnels)
         finally:
             server.close()
+            tunnels.close()
             for task in tasks:
                 task.cancel()
             pool.close()

@@ -1,24 +1,26 @@
 """A network between a program and a server, to be cut and frozen by tests."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 
 CHUNK = 65536
+
+Target = tuple[str, int] | str
 
 
 class Network:
     """Passes connections on while it is up.
 
     Args:
-        target: host and port, or the path of a Unix socket.
+        target: host and port, or the path of a Unix socket; or what says so for each connection.
 
     Attributes:
         port: where it listens on 127.0.0.1.
     """
 
-    def __init__(self, target: tuple[str, int] | str) -> None:
-        self._target = target
+    def __init__(self, target: Target | Callable[[], Target]) -> None:
+        self._target = target if callable(target) else lambda: target
         self._server: asyncio.Server | None = None
         self._open: set[asyncio.StreamWriter] = set()
         self._flows = asyncio.Event()
@@ -46,10 +48,11 @@ class Network:
         self._flows.clear()
 
     async def _pass_on(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        if isinstance(self._target, str):
-            theirs = await asyncio.open_unix_connection(self._target)
+        target = self._target()
+        if isinstance(target, str):
+            theirs = await asyncio.open_unix_connection(target)
         else:
-            theirs = await asyncio.open_connection(*self._target)
+            theirs = await asyncio.open_connection(*target)
         ours = {writer, theirs[1]}
         self._open |= ours
         try:
@@ -69,7 +72,7 @@ class Network:
 
 
 @asynccontextmanager
-async def network(target: tuple[str, int] | str) -> AsyncIterator[Network]:
+async def network(target: Target | Callable[[], Target]) -> AsyncIterator[Network]:
     """A network that is up."""
     made = Network(target)
     await made.up()

@@ -2,18 +2,44 @@
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated
+
+from fastapi import Depends, Request
 
 from gpustack.client.failures import error_of
 from gpustack.errors import BadRequest, NotFound, Unavailable
 from gpustack.lib import trust
 from gpustack.lib.net import url_host
+from gpustack.schemas import wire
 from gpustack.server.db.tables import Worker
+from gpustack.server.db.workers import by_tunnel
 
 if TYPE_CHECKING:
     import httpx
 
 CONNECT_TIMEOUT_S = 10.0
+
+
+@dataclass(frozen=True)
+class OwnGateway:
+    """This node's gateway, where the tunnels of workers end that cannot be dialled.
+
+    Attributes:
+        url: without TLS, on this machine.
+        credential: by which it knows this server.
+    """
+
+    url: str
+    credential: str
+
+
+async def _gateway(request: Request) -> OwnGateway:
+    found: OwnGateway = request.app.state.gateway
+    return found
+
+
+Gate = Annotated[OwnGateway, Depends(_gateway)]
 
 
 @asynccontextmanager
@@ -22,6 +48,7 @@ async def asked(
     method: str,
     path: str,
     *,
+    gate: OwnGateway,
     query: dict[str, str] | None = None,
     body: bytes | None = None,
     read_s: float | None = CONNECT_TIMEOUT_S,
@@ -29,6 +56,7 @@ async def asked(
     """The answer of a worker's API, status 200, its body still to come.
 
     Args:
+        gate: through which workers are asked that cannot be dialled.
         read_s: how long the worker may be silent; None: for ever.
 
     Raises:
@@ -37,10 +65,18 @@ async def asked(
     """
     import httpx  # rarely needed, and it would make every start slower
 
-    tls = trust.exactly(worker.certificate) if worker.certificate else None
-    scheme = "http" if tls is None else "https"
-    url = f"{scheme}://{url_host(worker.ip)}:{worker.port}{path}"
-    headers = {"Authorization": f"Bearer {worker.agent_secret}"}
+    tls = None
+    if by_tunnel(worker):
+        url = f"{gate.url}{wire.TUNNEL_PATH}/{worker.id}{path}"
+        headers = {
+            "Authorization": f"Bearer {gate.credential}",
+            wire.AGENT_HEADER: worker.agent_secret,
+        }
+    else:
+        tls = trust.exactly(worker.certificate) if worker.certificate else None
+        scheme = "http" if tls is None else "https"
+        url = f"{scheme}://{url_host(worker.ip)}:{worker.port}{path}"
+        headers = {"Authorization": f"Bearer {worker.agent_secret}"}
     timeout = httpx.Timeout(CONNECT_TIMEOUT_S, read=read_s)
     try:
         async with (

@@ -9,7 +9,7 @@ from gpustack.errors import BadRequest, TooLarge, Unavailable, raises
 from gpustack.lib import log_level
 from gpustack.schemas import wire
 from gpustack.schemas.audit import Action
-from gpustack.server.api.agents import asked
+from gpustack.server.api.agents import Gate, OwnGateway, asked
 from gpustack.server.api.context import Db, Id, raw_body
 from gpustack.server.api.repeated import Repeated
 from gpustack.server.auth.principals import Admin
@@ -45,16 +45,18 @@ async def set_log_level(db: Db, request: Request, admin: Admin) -> str:
 
 @router.get(OF_WORKER)
 @raises(Unavailable)
-async def get_worker_log_level(db: Db, admin: Admin, worker_id: Id) -> str:
-    return await _of_worker(db, worker_id, "GET")
+async def get_worker_log_level(db: Db, gate: Gate, admin: Admin, worker_id: Id) -> str:
+    return await _of_worker(db, gate, worker_id, "GET")
 
 
 @router.put(OF_WORKER, openapi_extra=_BODY)
 @raises(BadRequest, TooLarge, Unavailable)
-async def set_worker_log_level(db: Db, request: Request, admin: Admin, worker_id: Id) -> str:
+async def set_worker_log_level(
+    db: Db, gate: Gate, request: Request, admin: Admin, worker_id: Id
+) -> str:
     """Until the worker's agent is started again. Body: as for the server's own level."""
     level = await _wanted(request)
-    answer = await _of_worker(db, worker_id, "PUT", level.encode())
+    answer = await _of_worker(db, gate, worker_id, "PUT", level.encode())
     async with db.read() as session:
         name = (await get(session, tables.Worker, worker_id)).name
     await _audit(db, wire.WORKERS, worker_id, name, None, level)
@@ -76,8 +78,10 @@ async def _audit(
         audit_log.add(session, Entry(Action.UPDATE, kind, row_id, name, *values))
 
 
-async def _of_worker(db: Database, worker_id: int, method: str, body: bytes | None = None) -> str:
+async def _of_worker(
+    db: Database, gate: OwnGateway, worker_id: int, method: str, body: bytes | None = None
+) -> str:
     async with db.read() as session:
         worker = await get(session, tables.Worker, worker_id)
-    async with asked(worker, method, "/debug/log_level", body=body) as answer:
+    async with asked(worker, method, "/debug/log_level", gate=gate, body=body) as answer:
         return (await answer.aread()).decode(errors="replace").strip()

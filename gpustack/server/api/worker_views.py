@@ -14,7 +14,7 @@ from gpustack.errors import BadRequest, NotFound, Unavailable, raises
 from gpustack.lib.units import seconds
 from gpustack.schemas.engines import Engine, Engines
 from gpustack.schemas.instances import InstanceState
-from gpustack.server.api.agents import asked
+from gpustack.server.api.agents import Gate, asked
 from gpustack.server.api.context import Db, Id
 from gpustack.server.api.repeated import Repeated
 from gpustack.server.auth.principals import Admin
@@ -60,7 +60,7 @@ Download = Annotated[bool, Query(description="All of it, to be kept as a file.")
 )
 @raises(BadRequest, Unavailable)
 async def read_instance_logs(
-    db: Db, admin: Admin, instance_id: Id, tail: Tail = None, follow: bool = False,
+    db: Db, gate: Gate, admin: Admin, instance_id: Id, tail: Tail = None, follow: bool = False,
     previous: Previous = False, since: Since = None, download: Download = False,
 ) -> StreamingResponse:  # fmt: skip
     """The engine's own output, from its worker; streamed, never held here.
@@ -78,7 +78,7 @@ async def read_instance_logs(
         query["since"] = f"{_ago_s(since):.3f}"
     stack = AsyncExitStack()
     # A followed log may be silent for hours.
-    asking = asked(worker, "GET", f"/v2/logs/{instance_id}", query=query, read_s=None)
+    asking = asked(worker, "GET", f"/v2/logs/{instance_id}", gate=gate, query=query, read_s=None)
     try:
         answer = await stack.enter_async_context(asking)
     except NotFound:
@@ -131,12 +131,12 @@ def file_name(instance: tables.Instance, previous: int) -> str:
 
 @router.get("/v2/workers/{worker_id}/engines", tags=["workers"])
 @raises(Unavailable)
-async def list_worker_engines(db: Db, admin: Admin, worker_id: Id) -> list[Engine]:
+async def list_worker_engines(db: Db, gate: Gate, admin: Admin, worker_id: Id) -> list[Engine]:
     """What runs on a worker now, as its agent says: also what nobody wants there any more."""
     async with db.read() as session:
         worker = await get(session, tables.Worker, worker_id)
     try:
-        async with asked(worker, "GET", "/v2/engines") as answer:
+        async with asked(worker, "GET", "/v2/engines", gate=gate) as answer:
             return Engines.model_validate_json(await answer.aread()).root
     except NotFound:
         raise Unavailable(

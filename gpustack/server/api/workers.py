@@ -15,6 +15,7 @@ from gpustack.schemas.base import Page
 from gpustack.schemas.credentials import CredentialKind
 from gpustack.schemas.workers import (
     Cordon,
+    Heard,
     Heartbeat,
     Registered,
     Registration,
@@ -37,7 +38,7 @@ from gpustack.server.db.drains import leaving_of
 from gpustack.server.db.instances import begin_end, on_worker, remove
 from gpustack.server.db.join_tokens import admit
 from gpustack.server.db.states import worker_state
-from gpustack.server.db.workers import is_back, is_heard, turn_drain
+from gpustack.server.db.workers import by_tunnel, is_back, is_heard, turn_drain
 from gpustack.server.heartbeats import STOPPED_AFTER, Heartbeats
 from gpustack.server.views import worker_view
 
@@ -280,11 +281,11 @@ async def announce_worker(
     )
 
 
-@router.put("/{worker_id}/heartbeat", status_code=204)
+@router.put("/{worker_id}/heartbeat")
 @raises(Conflict)
 async def beat(
     db: Db, heartbeats: Beats, worker: WorkerAgent, worker_id: Id, body: Heartbeat
-) -> Response:
+) -> Heard:
     """Still there. 409 when another machine uses the same credential."""
     _own(worker, worker_id)
     if body.run_id != heartbeats.runs.get(worker_id):
@@ -296,8 +297,9 @@ async def beat(
                 f"{row.machine_id}): two machines must not share a data directory or a copy of it"
             )
         heartbeats.runs[worker_id] = row.run_id
+        heartbeats.tunnels[worker_id] = by_tunnel(row)
     heartbeats.heard(worker_id)
-    return Response(status_code=204)
+    return Heard(tunnel=heartbeats.tunnels.get(worker_id, False))
 
 
 @router.put("/{worker_id}/status", status_code=204)

@@ -93,9 +93,10 @@ AUDITED: Final[Mapping[type, Subject]] = {
         frozenset(
             {"id", "revision", "generation", "hostname", "machine_id", "boot_id", "run_id",
              "labels", "system_reserved_ram_bytes", "system_reserved_vram_bytes", "version",
-             "certificate", "facts", "cpu_percent", "memory_used_bytes", "host_used",
-             "devices_used", "gpu_percent", "vram_used_bytes", "heartbeat_at", "agent_secret",
-             "silent", "lost", "grace_ends_at", "created_at", "updated_at"}
+             "certificate", "proxy_mode", "unreached", "facts", "cpu_percent",
+             "memory_used_bytes", "host_used", "devices_used", "gpu_percent", "vram_used_bytes",
+             "heartbeat_at", "agent_secret", "silent", "lost", "grace_ends_at", "created_at",
+             "updated_at"}
         ),
     ),
     tables.ModelFile: Subject(

@@ -15,7 +15,7 @@ from gpustack.server.db.url import DatabaseUrl, Kind, parse
 
 #: The newest migration. Lets a start that has nothing to migrate skip importing alembic, which
 #: takes longer than all else it would do. A test holds it to the folder's head.
-HEAD = "0016"
+HEAD = "0017"
 #: How long a server waits for another that migrates.
 PATIENCE_S = 300
 RETRY_S = 0.05

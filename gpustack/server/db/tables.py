@@ -260,6 +260,7 @@ class Worker(Watched, table=True):
     system_reserved_vram_bytes: int = Field(sa_type=BigInteger)
     version: str = _text()
     certificate: str = _text(2048)  # what its port shows, as PEM; empty: it speaks no TLS
+    proxy_mode: str = _text(16, default="direct")
     # status: what it has; a change is news
     facts: dict[str, Any] | None = _json_or_null()
     # status: what is measured, without a revision
@@ -275,6 +276,7 @@ class Worker(Watched, table=True):
     silent: bool = Field(default=False, index=True)
     lost: bool = False
     grace_ends_at: datetime | None = _time(default=None)
+    unreached: str = _text(default="")  # why the server cannot dial its port; empty: it can
     created_at: datetime = _time(default_factory=now)
     updated_at: datetime = _time(default_factory=now, sa_column_kwargs={"onupdate": now})
 

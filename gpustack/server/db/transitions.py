@@ -30,7 +30,7 @@ _MODEL_SPEC = (
 )  # fmt: skip
 _REGISTRATION = (
     "name", "hostname", "machine_id", "ip", "port", "labels", "system_reserved_ram_bytes",
-    "system_reserved_vram_bytes", "version",
+    "system_reserved_vram_bytes", "version", "proxy_mode",
 )  # fmt: skip
 #: Numbers that differ each time the same thing happens; how a process ended is not one of them.
 _VARYING = re.compile(r"(?<!code )(?<!signal )\d[\d.]*")
@@ -147,6 +147,9 @@ def _worker(diff: Diff, around: Around) -> Iterator[Happening]:
         before, after = diff.was("facts"), row.facts or {}
         names = sorted(name for name in after if before.get(name) != after[name])
         yield about(EventType.CHANGED, f"what it has: {', '.join(names)}")
+    if diff.changed("unreached"):
+        how = f"cannot be reached ({row.unreached})" if row.unreached else "can be reached again"
+        yield about(EventType.CHANGED, f"{row.ip}:{row.port} {how}")
     if names := [name for name in _REGISTRATION if diff.changed(name)]:
         yield about(EventType.CHANGED, ", ".join(names))
     if diff.changed("scheduling", "scheduling_reason"):

@@ -7,13 +7,18 @@ from typing import Any
 from sqlalchemy import update
 from sqlmodel import col, select
 
-from gpustack.schemas.workers import Scheduling
+from gpustack.schemas.workers import ProxyMode, Scheduling
 from gpustack.server.db.clock import clock
 from gpustack.server.db.database import WriteSession, get, touch
 from gpustack.server.db.instances import lacking_parts, on_worker
 from gpustack.server.db.tables import Instance, Model, Worker
 
 logger = logging.getLogger(__name__)
+
+
+def by_tunnel(worker: Worker) -> bool:
+    """Whether requests get to the worker through tunnels that its relay opens."""
+    return worker.proxy_mode == ProxyMode.TUNNEL or bool(worker.unreached)
 
 
 async def is_back(session: WriteSession, worker: Worker, said: dict[str, Any]) -> None:
