@@ -10,6 +10,7 @@ from gpustack.config.resources import Resources
 from gpustack.schemas.workers import Device, Disk, WorkerStatus
 from gpustack.worker.detectors import DETECTORS, Detector, declared, host
 from gpustack.worker.detectors.asking import Asking
+from gpustack.worker.detectors.heat import Heats, steadied
 from gpustack.worker.detectors.known import Known, after_answer, after_failure, alike, distinct
 from gpustack.worker.detectors.tools import LIMIT_S, ToolFailed, Tools
 
@@ -132,6 +133,7 @@ class _Vendor:
         self._tools = Tools(limit_s=limit_s * _TOOLS_SHARE)
         self._asking = Asking(f"detect {detector.vendor}", self._look)
         self._known = Known()
+        self._heats: Heats = {}
         self._is_first = True
 
     async def look(self) -> Sequence[Device]:
@@ -142,7 +144,8 @@ class _Vendor:
         self._is_first = False
         before = self._known
         if isinstance(said, list):
-            self._known = after_answer(before, said)
+            found, self._heats = steadied(self._heats, said, asyncio.get_running_loop().time())
+            self._known = after_answer(before, found)
         else:
             self._known = after_failure(before, _why(said, self._limit_s))
         self._tell(before.complaints)

@@ -280,6 +280,12 @@ async def test_a_device_that_says_it_is_lost_keeps_what_was_known_of_it() -> Non
     assert status.gpu_devices[1].problems == []
 
 
+async def test_a_device_of_any_vendor_that_is_too_hot_for_one_look_is_well() -> None:
+    hot = DeviceProblem(code=ProblemCode.THERMAL, message="it is 100 °C hot")
+    says = Says(device(0, name="card").model_copy(update={"problems": [hot]}))
+    assert problems(await Detection([says]).look()) == {"card": []}
+
+
 async def test_processes_are_named_by_whose_engine_they_are_and_the_largest_are_told() -> None:
     many = [DeviceProcess(pid=pid, memory_bytes=pid) for pid in range(1, 100)]
     detection = Detection([Says(device(processes=many))], owners=lambda _: {99: 7})
