@@ -166,8 +166,11 @@ def _answering(
 
 
 def _detection(settings: Settings) -> Detection:
+    records = Records(settings.data_dir)
     return Detection(
-        owners=partial(owners, Records(settings.data_dir)),
+        owners=partial(owners, records),
+        # As of an engine without a record: the next agent ends what is left of one.
+        mark=records.environment("a-vendors-tool"),
         resources=resources.read(settings.resources or {}),
         folders=[settings.data_dir, settings.cache_dir],
     )

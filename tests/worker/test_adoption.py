@@ -368,3 +368,23 @@ async def test_a_server_that_comes_back_hears_where_things_stand(tmp_path: Path)
         async with listening(plane):
             again = await plane.until_state(1, RUNNING, after=so_far)
             assert again.restart_count == 1
+
+
+async def test_a_vendors_tool_that_hangs_does_not_outlive_the_next_agent_nor_a_stop(
+    node: Node, plane: ControlPlane, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tool = tmp_path / "bin/cnmon"
+    tool.parent.mkdir()
+    tool.write_text("#!/bin/sh\nexec sleep 600\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tool.parent}{os.pathsep}{os.environ['PATH']}")
+    agent = await node.spawn()
+    await eventually(node.engines, limit_s=20)
+    (first,) = node.engines()
+    await agent.kill()
+    assert node.engines() == [first]
+    agent = await node.spawn()
+    await eventually(lambda: first not in node.engines(), limit_s=20)
+    await eventually(node.engines, limit_s=20)
+    assert await agent.stop() == 0
+    await eventually(lambda: not node.engines(), limit_s=20)

@@ -4,6 +4,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Final
 
 from gpustack.config.resources import Resources
@@ -40,6 +41,7 @@ class Detection:
         patience_s: seconds that a look waits for a detector that has answered before.
         resources: what the config file declares: its devices are all that there are.
         folders: whose file systems are told.
+        mark: variables that vendors' tools carry, so that what a killed agent left is found.
     """
 
     def __init__(
@@ -51,11 +53,17 @@ class Detection:
         patience_s: float = PATIENCE_S,
         resources: Resources = Resources(),  # noqa: B008  frozen
         folders: Sequence[Path] = (),
+        mark: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         if (devices := declared.devices(resources)) is not None:
             detectors = [declared.Declared(devices)]
         self._resources = resources
-        self._vendors = [_Vendor(one, owners, limit_s, patience_s) for one in detectors]
+        self._vendors = [
+            _Vendor(
+                one, owners, Tools(limit_s=limit_s * _TOOLS_SHARE, mark=mark), limit_s, patience_s
+            )
+            for one in detectors
+        ]
         self._host = Asking("host", host.status)
         # A question of its own: a file server that is away would hold up all else.
         self._disks = Asking("disks", lambda: host.disks(folders))
@@ -93,7 +101,7 @@ class Detection:
         return self._status
 
     def close(self) -> None:
-        """End what detectors have started and that stays; there is no look after this."""
+        """End what detectors have started; there is no look after this."""
         for vendor in self._vendors:
             vendor.close()
 
@@ -124,13 +132,13 @@ class _Vendor:
     """One detector, with what it has found so far."""
 
     def __init__(
-        self, detector: Detector, owners: Owners, limit_s: float, patience_s: float
+        self, detector: Detector, owners: Owners, tools: Tools, limit_s: float, patience_s: float
     ) -> None:
         self._detector = detector
         self._owners = owners
         self._limit_s = limit_s
         self._patience_s = patience_s
-        self._tools = Tools(limit_s=limit_s * _TOOLS_SHARE)
+        self._tools = tools
         self._asking = Asking(f"detect {detector.vendor}", self._look)
         self._known = Known()
         self._heats: Heats = {}
