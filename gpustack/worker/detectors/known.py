@@ -70,13 +70,39 @@ def after_answer(known: Known, found: Iterable[Device]) -> Known:
     if not devices and known.devices:
         why = complaints[0] if complaints else "its tool finds none of its devices any more"
         return after_failure(known, why)
-    there = list(devices.values())
-    lost = [
-        one.model_copy(update={"problems": [LOST], **_UNMEASURED})
-        for one in known.devices
-        if (one.type, one.index) not in devices and not _replaced(one, there)
-    ]
-    return Known(tuple(sorted([*there, *lost], key=lambda one: one.index)), tuple(complaints))
+    there = [*devices.values(), *_lost(known.devices, devices)]
+    return Known(tuple(sorted(there, key=lambda one: one.index)), tuple(complaints))
+
+
+def _lost(known: Sequence[Device], found: Mapping[tuple[str, int], Device]) -> list[Device]:
+    """Those that were known and are not found, each at an index that nobody has.
+
+    Where tools count what they see, the cards behind one that was lost move up: it is listed at
+    the index that this leaves free.
+    """
+    there = found.values()
+    gone = [one for one in known if not any(_same(one, each) for each in there)]
+    gone = [one for one in gone if not _replaced(one, there)]
+    keeps = [one for one in gone if (one.type, one.index) not in found]
+    kept = {(one.type, one.index) for one in keeps}
+    lost = [_as_lost(one, one.index) for one in keeps]
+    free = [key for one in known if (key := (one.type, one.index)) not in found and key not in kept]
+    for one in gone:
+        if one in keeps:
+            continue
+        place = next((each for each in free if each[0] == one.type), None)
+        if place is not None:  # else another took its place
+            free.remove(place)
+            lost.append(_as_lost(one, place[1]))
+    return lost
+
+
+def _as_lost(device: Device, index: int) -> Device:
+    problem = next((one for one in device.problems if one.code is ProblemCode.LOST), LOST)
+    if index != device.index:
+        message = f"it was there as device {device.index} and does not answer any more: see the "
+        problem = DeviceProblem(code=ProblemCode.LOST, message=f"{message}kernel's log")
+    return device.model_copy(update={"index": index, "problems": [problem], **_UNMEASURED})
 
 
 def after_failure(known: Known, why: str) -> Known:

@@ -269,6 +269,29 @@ async def test_a_card_that_is_split_is_not_lost_and_neither_are_its_parts_when_i
         assert (await detection.look()).gpu_devices == found
 
 
+async def test_a_lost_card_is_listed_also_where_those_behind_it_move_up() -> None:
+    cards = [device(at, uuid=name, name=name) for at, name in enumerate("abcd")]
+    says = Says(*cards)
+    detection = Detection([says])
+    await detection.look()
+    says.found = [device(at, uuid=name, name=name) for at, name in enumerate("acd")]
+    for _ in range(2):
+        status = await detection.look()
+        assert [(one.index, one.name) for one in status.gpu_devices] == [*enumerate("acdb")]
+        assert problems(status) == {"a": [], "c": [], "d": [], "b": [ProblemCode.LOST]}
+        assert "as device 1 and" in status.gpu_devices[3].problems[0].message
+    says.found = cards
+    assert (await detection.look()).gpu_devices == cards
+
+
+async def test_a_card_that_another_took_the_place_of_is_not_lost() -> None:
+    says = Says(device(0, uuid="a"), device(1, uuid="b"))
+    detection = Detection([says])
+    await detection.look()
+    says.found = [device(0, uuid="a"), device(1, uuid="new")]
+    assert (await detection.look()).gpu_devices == says.found
+
+
 async def test_a_device_that_says_it_is_lost_keeps_what_was_known_of_it() -> None:
     says = Says(device(0, uuid="a", name="card"), device(1, uuid="b"))
     detection = Detection([says])
