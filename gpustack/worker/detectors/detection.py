@@ -13,6 +13,7 @@ from gpustack.worker.detectors import DETECTORS, Detector, declared, host
 from gpustack.worker.detectors.asking import Asking
 from gpustack.worker.detectors.heat import Heats, steadied
 from gpustack.worker.detectors.known import Known, after_answer, after_failure, alike, distinct
+from gpustack.worker.detectors.reading import few
 from gpustack.worker.detectors.tools import LIMIT_S, ToolFailed, Tools
 
 logger = logging.getLogger(__name__)
@@ -164,7 +165,7 @@ class _Vendor:
 
     def _look(self) -> list[Device]:
         self._tools.begin()
-        found = self._detector.look(self._tools)
+        found = few(self._detector.look(self._tools), self._detector.vendor)
         pids = {process.pid for device in found for process in device.processes}
         owners = self._owners(pids) if pids else {}
         return [_with_owners(device, owners) for device in found]

@@ -50,8 +50,9 @@ def after_answer(known: Known, found: Iterable[Device]) -> Known:
     """
     complaints: list[str] = []
     devices: dict[tuple[str, int], Device] = {}
+    earlier = _Lookup(known.devices)
     for device in found:
-        before = next((one for one in known.devices if _same(one, device)), None)
+        before = earlier.same(device)
         if device.memory_total_bytes <= 0 and before is not None:
             problems = device.problems or [LOST]
             device = before.model_copy(update={"problems": problems, **_UNMEASURED})
@@ -62,7 +63,7 @@ def after_answer(known: Known, found: Iterable[Device]) -> Known:
             complaints.append(f"{_called(device)} is left out: {why}")
             continue
         complaints += [f"{_called(device)}: {text}" for text in odd]
-        key = device.type, device.index
+        key = _key(device)
         if key in devices:
             complaints.append(f"{_called(device)} is left out: another has its index")
             continue
@@ -80,16 +81,14 @@ def _lost(known: Sequence[Device], found: Mapping[tuple[str, int], Device]) -> l
     Where tools count what they see, the cards behind one that was lost move up: it is listed at
     the index that this leaves free.
     """
-    there = found.values()
-    gone = [one for one in known if not any(_same(one, each) for each in there)]
-    gone = [one for one in gone if not _replaced(one, there)]
-    keeps = [one for one in gone if (one.type, one.index) not in found]
-    kept = {(one.type, one.index) for one in keeps}
-    lost = [_as_lost(one, one.index) for one in keeps]
-    free = [key for one in known if (key := (one.type, one.index)) not in found and key not in kept]
-    for one in gone:
-        if one in keeps:
-            continue
+    now = _Lookup(found.values())
+    gone = [one for one in known if now.same(one) is None and not now.replaces(one)]
+    stay = [one for one in gone if _key(one) not in found]
+    moved = [one for one in gone if _key(one) in found]
+    taken = {*found, *map(_key, stay)}
+    free = [key for one in known if (key := _key(one)) not in taken]
+    lost = [_as_lost(one, one.index) for one in stay]
+    for one in moved:
         place = next((each for each in free if each[0] == one.type), None)
         if place is not None:  # else another took its place
             free.remove(place)
@@ -156,20 +155,35 @@ def _lasting(problems: Iterable[DeviceProblem]) -> list[DeviceProblem]:
     return [one for one in problems if one.code is not ProblemCode.TOOL]
 
 
-def _same(one: Device, other: Device) -> bool:
-    if one.uuid and other.uuid:
-        return one.uuid == other.uuid
-    return (one.type, one.index) == (other.type, other.index)
+def _key(device: Device) -> tuple[str, int]:
+    return device.type, device.index
 
 
-def _replaced(gone: Device, there: Iterable[Device]) -> bool:
-    """Whether `gone` is no more for a reason: its memory is another device's now."""
-    for device in there:
-        if gone.uuid and gone.uuid in (device.uuid, device.parent_uuid):
-            return True
-        if gone.parent_uuid and gone.parent_uuid in (device.uuid, device.parent_uuid):
-            return True
-    return False
+class _Lookup:
+    """Devices by what tells them apart: UUIDs, and where one has none type and index."""
+
+    def __init__(self, devices: Iterable[Device]) -> None:
+        self._by_uuid: dict[str, Device] = {}
+        self._by_key: dict[tuple[str, int], Device] = {}
+        self._parents: set[str] = set()
+        for device in devices:
+            self._by_key[_key(device)] = device
+            if device.uuid:
+                self._by_uuid[device.uuid] = device
+            if device.parent_uuid:
+                self._parents.add(device.parent_uuid)
+
+    def same(self, device: Device) -> Device | None:
+        """The one that is `device`."""
+        if device.uuid in self._by_uuid:
+            return self._by_uuid[device.uuid]
+        one = self._by_key.get(_key(device))
+        return None if one is None or (one.uuid and device.uuid) else one
+
+    def replaces(self, gone: Device) -> bool:
+        """Whether `gone` is no more for a reason: its memory is another device's now."""
+        uuids = self._by_uuid.keys() | self._parents
+        return bool({gone.uuid, gone.parent_uuid} & uuids)
 
 
 def _called(device: Device) -> str:

@@ -57,7 +57,7 @@ class Nvidia:
         reading = nvml.read(tools)
         if reading is None:
             return []
-        for xid in self._health.hear(reading.xids):
+        for xid in dict.fromkeys(self._health.hear(reading.xids)):  # some come by the hundred
             logger.info("%s", xid_said(xid))
         return list(devices(reading, self._health, host.memory()))
 
