@@ -169,8 +169,7 @@ def _detection(settings: Settings) -> Detection:
     records = Records(settings.data_dir)
     return Detection(
         owners=partial(owners, records),
-        # As of an engine without a record: the next agent ends what is left of one.
-        mark=records.environment("a-vendors-tool"),
+        mark=records.environment_of_tools(),
         resources=resources.read(settings.resources or {}),
         folders=[settings.data_dir, settings.cache_dir],
     )
