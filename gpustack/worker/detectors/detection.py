@@ -12,7 +12,14 @@ from gpustack.schemas.workers import Device, Disk, WorkerStatus
 from gpustack.worker.detectors import DETECTORS, Detector, declared, host
 from gpustack.worker.detectors.asking import Asking
 from gpustack.worker.detectors.heat import Heats, steadied
-from gpustack.worker.detectors.known import Known, after_answer, after_failure, alike, distinct
+from gpustack.worker.detectors.known import (
+    Known,
+    after_answer,
+    after_failure,
+    alike,
+    distinct,
+    unwell_since,
+)
 from gpustack.worker.detectors.reading import few
 from gpustack.worker.detectors.tools import LIMIT_S, ToolFailed, Tools
 
@@ -158,6 +165,8 @@ class _Vendor:
         else:
             self._known = after_failure(before, _why(said, self._limit_s))
         self._tell(before.complaints)
+        for sentence in unwell_since(before, self._known):
+            logger.warning("%s", sentence)
         return self._known.devices
 
     def close(self) -> None:

@@ -124,6 +124,21 @@ def after_failure(known: Known, why: str) -> Known:
     return Known(devices, (why,))
 
 
+def unwell_since(before: Known, now: Known) -> list[str]:
+    """A sentence for each problem that a device has now and had not; its tool's are complaints."""
+    earlier = _Lookup(before.devices)
+    said = []
+    for device in now.devices:
+        was = earlier.same(device)
+        had = {one.code for one in was.problems} if was else set()
+        said += [
+            f"{_called(device)} of {device.vendor} is unhealthy: {one.message}"
+            for one in device.problems
+            if one.code not in had and one.code is not ProblemCode.TOOL
+        ]
+    return said
+
+
 def alike(some: Sequence[str], others: Sequence[str]) -> bool:
     """Whether two lists of sentences say the same, but for the numbers in them."""
     return [_shape(one) for one in some] == [_shape(other) for other in others]

@@ -134,13 +134,18 @@ async def test_devices_stay_listed_unwell_when_their_tool_is_gone(tmp_path: Path
     }
 
 
-async def test_one_device_of_several_that_is_gone_is_lost_until_it_is_back(tmp_path: Path) -> None:
+async def test_one_device_of_several_that_is_gone_is_lost_until_it_is_back(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     tool = Script(tmp_path, TWO)
     detection = Detection([tool])
     await detection.look()
     tool.write("echo 0 left 1024")
     status = await detection.look()
     assert problems(status) == {"left": [], "right": [ProblemCode.LOST]}
+    await detection.look()
+    (said,) = warnings(caplog)
+    assert said.startswith("device 1 (right) of test is unhealthy: it was there and")
     assert "was there" in status.gpu_devices[1].problems[0].message
     tool.write(TWO)
     assert problems(await detection.look()) == {"left": [], "right": []}
