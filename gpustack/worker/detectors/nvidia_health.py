@@ -62,10 +62,13 @@ class Health:
     xids: dict[str, list[Xid]] = field(default_factory=dict)
 
     def hear(self, xids: Iterable[Xid]) -> list[Xid]:
-        """Take in what was reported; those that make no card unwell are returned."""
+        """Take in what was reported; those that make no card unwell are returned.
+
+        Among them is one whose card is not told: it had gone before it was ever read.
+        """
         harmless = []
         for xid in xids:
-            if xid.code not in XIDS:
+            if xid.code not in XIDS or not xid.card:
                 harmless.append(xid)
             elif xid not in (known := self.xids.setdefault(xid.card, [])):
                 known.append(xid)
@@ -109,6 +112,8 @@ class Health:
 def xid_said(xid: Xid) -> str:
     """One that makes no card unwell, for the log."""
     whose = "a program's fault" if xid.code in PROGRAMS_FAULT else "of no known consequence"
+    if xid.code in XIDS:
+        whose = XIDS[xid.code][0]
     return f"{xid.card or 'a card'}: Xid {xid.code}, {whose}"
 
 

@@ -7,6 +7,7 @@ from gpustack.worker.detectors.nvidia_health import (
     PROGRAMS_FAULT,
     XIDS,
     Health,
+    xid_said,
 )
 from gpustack.worker.detectors.nvml import Answer, Reading, Refusal
 
@@ -164,6 +165,14 @@ def test_an_error_that_comes_again_is_told_once_and_of_its_card_alone() -> None:
         assert health.hear(reading(xids=[xid]).xids) == []
     there = found(RTX_2080, GB10, health=health)
     assert [len(one.problems) for one in there] == [1, 0]
+
+
+def test_an_error_of_a_card_that_nobody_names_is_said() -> None:
+    health = Health()
+    (said,) = health.hear(reading(xids=[{"card": "", "code": 79}]).xids)
+    assert xid_said(said) == "a card: Xid 79, the card has fallen off the bus"
+    nameless = RTX_2080 | {"uuid": NO}
+    assert found(nameless, health=health)[0].problems == []
 
 
 def test_an_error_of_one_instance_leaves_the_others_well() -> None:
