@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from gpustack.backends.base import Demand
 from gpustack.lib.units import gib
 from gpustack.scheduler.filters import FILTERS, Filter
-from gpustack.scheduler.snapshot import Node, Snapshot
+from gpustack.scheduler.snapshot import DeviceKey, Node, Snapshot
 from gpustack.schemas.models import ModelSpec, PlacementStrategy
 from gpustack.schemas.placements import Claim, Placement, Reason, ReasonCode
 
@@ -65,20 +65,29 @@ def fit(demand: Demand, node: Node) -> Claim | None:
     return _claim(demand, node, node.usable_vram_bytes)
 
 
-def _claim(demand: Demand, node: Node, vram_bytes: Mapping[int, int]) -> Claim | None:
+def _claim(demand: Demand, node: Node, vram_bytes: Mapping[DeviceKey, int]) -> Claim | None:
     if demand.ram_bytes > max(node.free_ram_bytes, 0):
         return None
-    # The fullest devices that still have room, so that the emptiest stay whole.
-    roomy = [
-        index
-        for index, free in sorted(vram_bytes.items(), key=lambda item: item[::-1])
-        if free >= demand.vram_bytes
-    ]
-    if len(roomy) < demand.devices:
-        return None
+    device_type, indexes = "", list[int]()
+    if demand.devices:
+        # Of each type, the fullest devices that still have room, so that the emptiest stay whole.
+        roomy: dict[str, list[tuple[int, int]]] = {}
+        for (kind, index), free in vram_bytes.items():
+            if free >= demand.vram_bytes:
+                roomy.setdefault(kind, []).append((free, index))
+        enough = [
+            (sorted(found)[: demand.devices], kind)
+            for kind, found in roomy.items()
+            if len(found) >= demand.devices
+        ]
+        if not enough:
+            return None
+        fullest, device_type = min(enough)
+        indexes = sorted(index for _, index in fullest)
     return Claim(
         ram_bytes=demand.ram_bytes,
-        vram_bytes=dict.fromkeys(sorted(roomy[: demand.devices]), demand.vram_bytes),
+        device_type=device_type,
+        vram_bytes=dict.fromkeys(indexes, demand.vram_bytes),
         explanation=demand.explanation,
     )
 

@@ -7,6 +7,9 @@ from functools import reduce
 from gpustack.schemas.placements import Claim
 from gpustack.schemas.workers import Device, Worker
 
+#: A device of a worker: its type and, among those of that type, its index.
+DeviceKey = tuple[str, int]
+
 
 @dataclass(frozen=True, slots=True)
 class Node:
@@ -14,34 +17,32 @@ class Node:
 
     Attributes:
         free_ram_bytes: total less reserved less claimed; below 0 when claims came first.
-        free_vram_bytes: device index -> the same of its memory, of unhealthy devices too.
+        free_vram_bytes: the same of each device's memory, of unhealthy ones too.
         instances: instances of the model being placed that are on it already.
         unhealthy: devices with problems: what is there stays, nothing new comes.
     """
 
     worker: Worker
     free_ram_bytes: int
-    free_vram_bytes: Mapping[int, int]
+    free_vram_bytes: Mapping[DeviceKey, int]
     instances: int = 0
     unhealthy: tuple[Device, ...] = ()
 
     @property
-    def usable_vram_bytes(self) -> Mapping[int, int]:
-        """What is free for something new: device index -> memory of those without problems."""
+    def usable_vram_bytes(self) -> Mapping[DeviceKey, int]:
+        """What is free for something new: memory of each device without problems."""
         if not self.unhealthy:
             return self.free_vram_bytes
-        unhealthy = {device.index for device in self.unhealthy}
-        return {
-            index: free for index, free in self.free_vram_bytes.items() if index not in unhealthy
-        }
+        unhealthy = {(device.type, device.index) for device in self.unhealthy}
+        return {key: free for key, free in self.free_vram_bytes.items() if key not in unhealthy}
 
     def minus(self, claim: Claim) -> "Node":
         return replace(
             self,
             free_ram_bytes=self.free_ram_bytes - claim.ram_bytes,
             free_vram_bytes={
-                index: free - claim.vram_bytes.get(index, 0)
-                for index, free in self.free_vram_bytes.items()
+                key: free - (claim.of_device(*key) or 0)
+                for key, free in self.free_vram_bytes.items()
             },
         )
 
@@ -51,8 +52,8 @@ class Node:
             self,
             free_ram_bytes=self.free_ram_bytes + claim.ram_bytes,
             free_vram_bytes={
-                index: free + claim.vram_bytes.get(index, 0)
-                for index, free in self.free_vram_bytes.items()
+                key: free + (claim.of_device(*key) or 0)
+                for key, free in self.free_vram_bytes.items()
             },
         )
 
@@ -104,7 +105,8 @@ def _empty(worker: Worker) -> Node:
         worker,
         worker.status.memory_total_bytes - worker.system_reserved_ram_bytes,
         {
-            device.index: device.memory_total_bytes - worker.system_reserved_vram_bytes
+            (device.type, device.index): device.memory_total_bytes
+            - worker.system_reserved_vram_bytes
             for device in worker.status.gpu_devices
         },
         unhealthy=tuple(device for device in worker.status.gpu_devices if device.problems),

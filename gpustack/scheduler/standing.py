@@ -22,5 +22,6 @@ def standing(spec: ModelSpec, node: Node, claim: Claim) -> tuple[float, ...]:
     vram = sum(claim.vram_bytes.values())
     share = vram / (vram + claim.ram_bytes) if vram else 0.0
     without = replace(node.plus(claim), instances=max(node.instances - 1, 0))
-    is_well = not any(device.index in claim.vram_bytes for device in node.unhealthy)
+    broken = node.unhealthy
+    is_well = all(claim.of_device(one.type, one.index) is None for one in broken)
     return (is_well, share, *score(spec, without, claim))

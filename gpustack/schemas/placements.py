@@ -10,13 +10,23 @@ class Claim(Fact):
 
     Attributes:
         ram_bytes: host memory.
+        device_type: of its devices, such as cuda: no engine runs on two. Empty: it does not say.
         vram_bytes: device index -> device memory.
         explanation: how the numbers came about, one line per part, for people to read.
     """
 
     ram_bytes: int = 0
+    device_type: str = ""
     vram_bytes: dict[int, int] = {}
     explanation: tuple[str, ...] = ()
+
+    def of_device(self, type: str, index: int) -> int | None:
+        """Bytes of that device; None: it is not among them.
+
+        Devices of two vendors may have one index. A claim that says no type is of all of them: too
+        much is held rather than too little.
+        """
+        return self.vram_bytes.get(index) if self.device_type in ("", type) else None
 
 
 class ReasonCode(StrEnum):

@@ -166,8 +166,10 @@ def _answering(
 
 
 def _detection(settings: Settings) -> Detection:
+    records = Records(settings.data_dir)
     return Detection(
-        owners=partial(owners, Records(settings.data_dir)),
+        owners=partial(owners, records),
+        mark=records.environment_of_tools(),
         resources=resources.read(settings.resources or {}),
         folders=[settings.data_dir, settings.cache_dir],
     )

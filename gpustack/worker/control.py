@@ -199,7 +199,7 @@ class Control:
         record = stray.record
         if record is not None:
             self._leases.hold(record.port)
-        of = f"an engine of {record.instance_name}" if record else "an engine without a record"
+        of = f"an engine of {record.instance_name}" if record else "an engine or a tool of before"
         logger.warning("ending what is left of %s: process groups %s", of, sorted(stray.groups))
         clearing = self._group.create_task(self._until_cleared(stray))
         self._clearing[clearing] = record.instance_id if record else None

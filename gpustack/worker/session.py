@@ -6,7 +6,14 @@ from contextlib import aclosing
 from dataclasses import dataclass
 
 from gpustack.client.agents import AgentClient
-from gpustack.errors import Conflict, Forbidden, GPUStackError, Unauthorized
+from gpustack.errors import (
+    BadRequest,
+    Conflict,
+    Forbidden,
+    GPUStackError,
+    Invalid,
+    Unauthorized,
+)
 from gpustack.lib.tasks import forever, in_own_task
 from gpustack.schemas import wire
 from gpustack.schemas.workers import Heartbeat, Registration
@@ -149,16 +156,20 @@ class Session:
     async def _status(self, client: AgentClient, worker_id: int) -> None:
         loop = asyncio.get_running_loop()
         told: dict[str, object] | None = None
-        told_at = 0.0
+        told_at, refused = 0.0, ""
         while True:
             try:
                 status = await self._detection.look()
                 facts = status.facts()
                 if facts != told or loop.time() - told_at >= self._rhythm.status_s:
                     await client.report_worker(worker_id, status)
-                    told, told_at = facts, loop.time()
+                    told, told_at, refused = facts, loop.time(), ""
             except (Unauthorized, Forbidden):
                 raise
+            except (BadRequest, Invalid) as error:  # an older server, perhaps
+                if str(error) != refused:
+                    logger.warning("the server refuses what this worker has: %s", error)
+                refused = str(error)
             except GPUStackError as error:
                 logger.debug("status not told: %s", error)  # heartbeats say it aloud
             except TimeoutError:

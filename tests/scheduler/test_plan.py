@@ -180,7 +180,7 @@ def test_a_way_that_a_broken_device_bars_is_the_reason_whatever_bars_the_next() 
 def test_what_is_on_an_unhealthy_device_keeps_its_claim_and_stands_worst() -> None:
     claim = Claim(vram_bytes={0: 10 * GIB})
     (node,) = Snapshot.of([worker(1, 64, 24, 24, broken=(0,))], [(1, claim)]).nodes
-    assert node.free_vram_bytes[0] == 13 * GIB
+    assert node.free_vram_bytes["", 0] == 13 * GIB
     assert standing(spec(), node, claim) < standing(spec(), node, Claim(vram_bytes={1: 0}))
 
 
@@ -193,6 +193,53 @@ def test_a_worker_that_is_cordoned_or_drained_takes_nothing_and_says_why() -> No
         world = Snapshot.of([worker(1, 64, scheduling=scheduling, why=why)], [])
         (reason,) = refused(place(spec(), [cpu(1)], world))
         assert (reason.code, reason.message) == (ReasonCode.CORDONED, said)
+
+
+def two_vendors(*broken: str) -> Worker:
+    """A worker with cards of two vendors, whose indexes both begin at 0."""
+    one = worker(1, 64, 24, 48)
+    assert one.status is not None
+    cards = [
+        device.model_copy(update={"type": kind, "problems": [xid(79)] if kind in broken else []})
+        for kind in ("cuda", "rocm")
+        for device in one.status.gpu_devices
+    ]
+    return one.model_copy(update={"status": one.status.model_copy(update={"gpu_devices": cards})})
+
+
+def test_devices_of_two_vendors_with_one_index_are_two_devices() -> None:
+    world = Snapshot.of([two_vendors()], [])
+    taken = []
+    for _ in range(2):
+        got = place(spec(), [gpu(1, 40)], world)
+        assert isinstance(got, Placement)
+        taken.append((got.claim.device_type, list(got.claim.vram_bytes)))
+        world = world.with_claim(1, got.claim)
+    assert taken == [("cuda", [1]), ("rocm", [1])]
+    assert refused(place(spec(), [gpu(1, 40)], world))
+
+
+def test_an_instance_never_gets_devices_of_two_vendors() -> None:
+    world = Snapshot.of([two_vendors()], [])
+    got = place(spec(), [gpu(2, 20)], world)
+    assert isinstance(got, Placement)
+    assert (got.claim.device_type, list(got.claim.vram_bytes)) == ("cuda", [0, 1])
+    assert refused(place(spec(), [gpu(3, 20)], world))
+
+
+def test_a_broken_device_bars_none_of_another_vendor() -> None:
+    world = Snapshot.of([two_vendors("cuda")], [])
+    got = place(spec(), [gpu(2, 20)], world)
+    assert isinstance(got, Placement)
+    assert got.claim.device_type == "rocm"
+    (node,) = world.with_claim(1, got.claim).nodes
+    assert standing(spec(), node, got.claim)[0] is True
+    assert standing(spec(), node, Claim(device_type="cuda", vram_bytes={0: 1}))[0] is False
+
+
+def test_a_claim_that_says_no_type_is_of_all_devices_with_its_index() -> None:
+    world = Snapshot.of([two_vendors()], [(1, Claim(vram_bytes={1: 20 * GIB}))])
+    assert refused(place(spec(), [gpu(1, 30)], world))
 
 
 def refused(answer: Placement | tuple[Reason, ...]) -> tuple[Reason, ...]:
@@ -245,5 +292,5 @@ def test_placements_never_exceed_what_a_worker_has_left_nor_go_where_nothing_new
     for node in world.nodes:
         before = empty[node.worker.id]
         assert node.free_ram_bytes >= min(before.free_ram_bytes, 0)
-        for index, free in node.free_vram_bytes.items():
-            assert free >= min(before.free_vram_bytes[index], 0)
+        for key, free in node.free_vram_bytes.items():
+            assert free >= min(before.free_vram_bytes[key], 0)

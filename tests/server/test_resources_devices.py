@@ -5,7 +5,9 @@ from typing import Any
 import httpx
 import pytest
 
+from gpustack.scheduler.snapshot import Snapshot
 from gpustack.server.db import tables
+from gpustack.server.views import worker_view
 from tests.server.conftest import Plane
 
 GIB = 1024**3
@@ -126,6 +128,46 @@ async def test_a_device_shows_what_is_used_and_what_instances_claim_of_it(cluste
     assert (second["memory"]["allocated"], third["memory"]["allocated"]) == (GIB, 0)
     (worker, *_) = (await admin.get("/v2/workers")).json()["items"]
     assert worker["status"]["gpu_devices"][0]["memory_used_bytes"] == 20 * GIB
+
+
+async def test_a_device_shows_no_claims_on_another_vendors_with_its_index(plane: Plane) -> None:
+    await plane.worker("a", gpu_devices=[device(0), device(0, vendor="AMD", type="rocm")])
+    admin = await plane.admin()
+    spec = {"name": "m", "source": "local_path", "local_path": "/m.gguf", "replicas": 0}
+    await admin.post("/v2/models", json=spec)
+    async with plane.db.write() as session:
+        claim = {"device_type": "rocm", "vram_bytes": {"0": GIB}}
+        session.add(
+            tables.Instance(
+                name="m-abcde", model_id=1, version_id=1, worker_id=1, deleting=True, claim=claim
+            )
+        )
+    allocated = {one["type"]: one["memory"]["allocated"] for one in await listed(admin)}
+    assert allocated == {"cuda": 0, "rocm": GIB}
+
+
+async def test_what_an_older_agent_said_is_shown_and_its_devices_are_well(plane: Plane) -> None:
+    await plane.worker("a", gpu_devices=[device(0)])
+    async with plane.db.write() as session:
+        row = await session.get(tables.Worker, 1)
+        assert row is not None
+        known = ("index", "name", "vendor", "type", "uuid", "memory_total_bytes")
+        row.facts = {
+            "os": "linux", "arch": "amd64", "cpu_count": 2, "memory_total_bytes": 8 * GIB,
+            "gpu_devices": [{name: device(0)[name] for name in known}],
+        }  # fmt: skip
+        row.devices_used = [{"memory_used_bytes": GIB, "utilization_percent": None}]
+        row.host_used = None
+    admin = await plane.admin()
+    (one,) = await listed(admin)
+    assert (one["problems"], one["processes"], one["memory"]["used"]) == ([], [], GIB)
+    (worker,) = (await admin.get("/v2/workers")).json()["items"]
+    assert worker["status"]["gpu_devices"][0]["problems"] == []
+    async with plane.db.read() as session:
+        row = await session.get(tables.Worker, 1)
+    assert row is not None
+    (node,) = Snapshot.of([worker_view(row)], []).nodes
+    assert list(node.usable_vram_bytes) == [("cuda", 0)]
 
 
 async def test_devices_go_with_what_the_worker_says_and_with_the_worker(cluster: Plane) -> None:

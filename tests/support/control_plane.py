@@ -318,7 +318,13 @@ def _line(event: dict[str, Any]) -> bytes:
 
 
 def _fail(exchange: Exchange, status: int) -> None:
-    codes = {401: "unauthorized", 403: "forbidden", 404: "not_found", 409: "conflict"}
+    codes = {
+        401: "unauthorized",
+        403: "forbidden",
+        404: "not_found",
+        409: "conflict",
+        422: "invalid",
+    }
     code = codes.get(status, "unavailable")
     exchange.respond_json(status, {"code": code, "message": f"refused: {code}", "detail": {}})
 

@@ -16,7 +16,12 @@ from gpustack.lib.role import Leave
 from gpustack.lib.secrets import Secret
 from gpustack.schemas.instances import InstanceState
 from gpustack.worker.supervisor import adoption
-from gpustack.worker.supervisor.records import HOME_VARIABLE, UID_VARIABLE, Records
+from gpustack.worker.supervisor.records import (
+    HOME_VARIABLE,
+    TOOL_HOME_VARIABLE,
+    UID_VARIABLE,
+    Records,
+)
 from tests.support.control_plane import ControlPlane, assigned, listening
 from tests.support.ports import free_ports
 from tests.support.worker_node import QUICK_LIMITS, Node, eventually
@@ -368,3 +373,31 @@ async def test_a_server_that_comes_back_hears_where_things_stand(tmp_path: Path)
         async with listening(plane):
             again = await plane.until_state(1, RUNNING, after=so_far)
             assert again.restart_count == 1
+
+
+async def test_a_vendors_tool_that_hangs_does_not_outlive_the_next_agent_nor_a_stop(
+    node: Node, plane: ControlPlane, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tool = tmp_path / "bin/cnmon"
+    tool.parent.mkdir()
+    tool.write_text("#!/bin/sh\nexec sleep 600\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tool.parent}{os.pathsep}{os.environ['PATH']}")
+
+    def running() -> set[int]:
+        found = map(platform.process_environment, pids := platform.live_pids())
+        return {
+            pid
+            for pid, each in zip(pids, found, strict=True)
+            if each.get(TOOL_HOME_VARIABLE) == str(node.data_dir)
+        }
+
+    agent = await node.spawn()
+    await eventually(running, limit_s=20)
+    first = running()
+    await agent.kill()
+    assert running() == first
+    agent = await node.spawn()
+    await eventually(lambda: running() and not first & running(), limit_s=20)
+    assert await agent.stop() == 0
+    await eventually(lambda: not running(), limit_s=20)

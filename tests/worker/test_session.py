@@ -77,6 +77,16 @@ async def test_the_status_is_told_at_once_and_then_again_and_again(
     assert plane.statuses[0].cpu_count > 0
 
 
+async def test_a_status_that_the_server_refuses_is_said_once(
+    node: Node, plane: ControlPlane, caplog: pytest.LogCaptureFixture
+) -> None:
+    plane.refuse["PUT /v2/workers/1/status"] = 422
+    async with node.agent():
+        await plane.until(lambda: plane.refused >= 3)
+    said = [one for one in caplog.messages if "the server refuses what this worker has" in one]
+    assert len(said) == 1
+
+
 async def test_declared_devices_are_told_and_the_disks_of_the_data_directory(
     node: Node, plane: ControlPlane
 ) -> None:

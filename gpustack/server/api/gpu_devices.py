@@ -1,7 +1,6 @@
 """/v2/gpu-devices: GPUs and NPUs of all workers."""
 
 import re
-from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from fastapi import APIRouter
@@ -85,11 +84,15 @@ async def _shown(session: ReadSession, ids: Sequence[int]) -> dict[int, GPUDevic
         .where(col(Device.id).in_(ids))
     )
     rows = (await session.exec(query)).all()
-    claimed = await _claimed(session, {worker.id or 0 for _, worker in rows})
+    claims = await _claims(session, {worker.id or 0 for _, worker in rows})
     return {
-        device.id or 0: _view(device, worker, claimed[device.worker_id, device.index])
+        device.id or 0: _view(device, worker, _allocated(device, claims[device.worker_id]))
         for device, worker in rows
     }
+
+
+def _allocated(row: Device, claims: Iterable[Claim]) -> int:
+    return sum(claim.of_device(row.type, row.index) or 0 for claim in claims)
 
 
 def _view(row: Device, worker: Worker, allocated: int) -> GPUDevice:
@@ -120,15 +123,14 @@ def _view(row: Device, worker: Worker, allocated: int) -> GPUDevice:
     )
 
 
-async def _claimed(session: ReadSession, workers: Iterable[int]) -> Counter[tuple[int, int]]:
-    """By worker and device: bytes that instances claim, with all or with a part of them."""
-    claimed = Counter[tuple[int, int]]()
+async def _claims(session: ReadSession, workers: Iterable[int]) -> dict[int, list[Claim]]:
+    """By worker: what instances claim, with all or with a part of them."""
+    claims: dict[int, list[Claim]] = {worker_id: [] for worker_id in workers}
     for table in (Instance, Member):
-        here = col(table.worker_id).in_(workers)
+        here = col(table.worker_id).in_(claims)
         has_claim = col(table.claim).is_not(None)
         for worker_id, claim in await session.exec(
             select(table.worker_id, table.claim).where(here, has_claim)
         ):
-            for index, size in Claim.model_validate(claim).vram_bytes.items():
-                claimed[worker_id or 0, index] += size
-    return claimed
+            claims[worker_id or 0].append(Claim.model_validate(claim))
+    return claims

@@ -25,6 +25,7 @@ class Detector(Protocol):
     def look(self, tools: Tools) -> list[Device]:
         """The devices of this vendor; none where its tool is not installed.
 
+        The problem `thermal` is of this moment: it counts once it lasts (`heat`).
         Blocks, in a thread of its own; never twice at a time. A device that is there and does not
         answer may be given with `memory_total_bytes` 0 and the problem that it has: what was known
         of it before stays.

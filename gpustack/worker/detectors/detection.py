@@ -4,13 +4,23 @@ import asyncio
 import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Final
 
 from gpustack.config.resources import Resources
 from gpustack.schemas.workers import Device, Disk, WorkerStatus
 from gpustack.worker.detectors import DETECTORS, Detector, declared, host
 from gpustack.worker.detectors.asking import Asking
-from gpustack.worker.detectors.known import Known, after_answer, after_failure, alike, distinct
+from gpustack.worker.detectors.heat import Heats, steadied
+from gpustack.worker.detectors.known import (
+    Known,
+    after_answer,
+    after_failure,
+    alike,
+    distinct,
+    unwell_since,
+)
+from gpustack.worker.detectors.reading import few
 from gpustack.worker.detectors.tools import LIMIT_S, ToolFailed, Tools
 
 logger = logging.getLogger(__name__)
@@ -39,6 +49,7 @@ class Detection:
         patience_s: seconds that a look waits for a detector that has answered before.
         resources: what the config file declares: its devices are all that there are.
         folders: whose file systems are told.
+        mark: variables that vendors' tools carry, so that what a killed agent left is found.
     """
 
     def __init__(
@@ -50,11 +61,17 @@ class Detection:
         patience_s: float = PATIENCE_S,
         resources: Resources = Resources(),  # noqa: B008  frozen
         folders: Sequence[Path] = (),
+        mark: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         if (devices := declared.devices(resources)) is not None:
             detectors = [declared.Declared(devices)]
         self._resources = resources
-        self._vendors = [_Vendor(one, owners, limit_s, patience_s) for one in detectors]
+        self._vendors = [
+            _Vendor(
+                one, owners, Tools(limit_s=limit_s * _TOOLS_SHARE, mark=mark), limit_s, patience_s
+            )
+            for one in detectors
+        ]
         self._host = Asking("host", host.status)
         # A question of its own: a file server that is away would hold up all else.
         self._disks = Asking("disks", lambda: host.disks(folders))
@@ -92,7 +109,7 @@ class Detection:
         return self._status
 
     def close(self) -> None:
-        """End what detectors have started and that stays; there is no look after this."""
+        """End what detectors have started; there is no look after this."""
         for vendor in self._vendors:
             vendor.close()
 
@@ -123,15 +140,16 @@ class _Vendor:
     """One detector, with what it has found so far."""
 
     def __init__(
-        self, detector: Detector, owners: Owners, limit_s: float, patience_s: float
+        self, detector: Detector, owners: Owners, tools: Tools, limit_s: float, patience_s: float
     ) -> None:
         self._detector = detector
         self._owners = owners
         self._limit_s = limit_s
         self._patience_s = patience_s
-        self._tools = Tools(limit_s=limit_s * _TOOLS_SHARE)
+        self._tools = tools
         self._asking = Asking(f"detect {detector.vendor}", self._look)
         self._known = Known()
+        self._heats: Heats = {}
         self._is_first = True
 
     async def look(self) -> Sequence[Device]:
@@ -142,10 +160,13 @@ class _Vendor:
         self._is_first = False
         before = self._known
         if isinstance(said, list):
-            self._known = after_answer(before, said)
+            found, self._heats = steadied(self._heats, said, asyncio.get_running_loop().time())
+            self._known = after_answer(before, found)
         else:
             self._known = after_failure(before, _why(said, self._limit_s))
         self._tell(before.complaints)
+        for sentence in unwell_since(before, self._known):
+            logger.warning("%s", sentence)
         return self._known.devices
 
     def close(self) -> None:
@@ -153,7 +174,7 @@ class _Vendor:
 
     def _look(self) -> list[Device]:
         self._tools.begin()
-        found = self._detector.look(self._tools)
+        found = few(self._detector.look(self._tools), self._detector.vendor)
         pids = {process.pid for device in found for process in device.processes}
         owners = self._owners(pids) if pids else {}
         return [_with_owners(device, owners) for device in found]

@@ -67,7 +67,7 @@ def parse(output: str) -> list[Device]:
     if not isinstance(cards, dict):
         raise ValueError("hy-smi printed a list, not the cards by name")
     driver = text(inside(cards, "system", "Driver version"))
-    found = []
+    found: list[tuple[int, Mapping[str, Any]]] = []
     for name, card in cards.items():
         place = re.fullmatch(r"card(\d{1,4})", name)
         if place is None:
@@ -75,10 +75,10 @@ def parse(output: str) -> list[Device]:
         if not isinstance(card, dict):
             raise ValueError(f"hy-smi printed {name} without its values")
         values = {key.strip().lower(): value for key, value in card.items()}
-        found.append(_device(int(place[1]), values, driver))
+        found.append((int(place[1]), values))
     if not found:
         raise ValueError("hy-smi printed no card")
-    return checked(found, "hy-smi")
+    return checked((_device(index, values, driver) for index, values in found), "hy-smi")
 
 
 def _device(index: int, values: Mapping[str, Any], driver: str) -> Device:

@@ -50,8 +50,9 @@ def after_answer(known: Known, found: Iterable[Device]) -> Known:
     """
     complaints: list[str] = []
     devices: dict[tuple[str, int], Device] = {}
+    earlier = _Lookup(known.devices)
     for device in found:
-        before = next((one for one in known.devices if _same(one, device)), None)
+        before = earlier.same(device)
         if device.memory_total_bytes <= 0 and before is not None:
             problems = device.problems or [LOST]
             device = before.model_copy(update={"problems": problems, **_UNMEASURED})
@@ -62,7 +63,7 @@ def after_answer(known: Known, found: Iterable[Device]) -> Known:
             complaints.append(f"{_called(device)} is left out: {why}")
             continue
         complaints += [f"{_called(device)}: {text}" for text in odd]
-        key = device.type, device.index
+        key = _key(device)
         if key in devices:
             complaints.append(f"{_called(device)} is left out: another has its index")
             continue
@@ -70,13 +71,37 @@ def after_answer(known: Known, found: Iterable[Device]) -> Known:
     if not devices and known.devices:
         why = complaints[0] if complaints else "its tool finds none of its devices any more"
         return after_failure(known, why)
-    there = list(devices.values())
-    lost = [
-        one.model_copy(update={"problems": [LOST], **_UNMEASURED})
-        for one in known.devices
-        if (one.type, one.index) not in devices and not _replaced(one, there)
-    ]
-    return Known(tuple(sorted([*there, *lost], key=lambda one: one.index)), tuple(complaints))
+    there = [*devices.values(), *_lost(known.devices, devices)]
+    return Known(tuple(sorted(there, key=lambda one: one.index)), tuple(complaints))
+
+
+def _lost(known: Sequence[Device], found: Mapping[tuple[str, int], Device]) -> list[Device]:
+    """Those that were known and are not found, each at an index that nobody has.
+
+    Where tools count what they see, the cards behind one that was lost move up: it is listed at
+    the index that this leaves free.
+    """
+    now = _Lookup(found.values())
+    gone = [one for one in known if now.same(one) is None and not now.replaces(one)]
+    stay = [one for one in gone if _key(one) not in found]
+    moved = [one for one in gone if _key(one) in found]
+    taken = {*found, *map(_key, stay)}
+    free = [key for one in known if (key := _key(one)) not in taken]
+    lost = [_as_lost(one, one.index) for one in stay]
+    for one in moved:
+        place = next((each for each in free if each[0] == one.type), None)
+        if place is not None:  # else another took its place
+            free.remove(place)
+            lost.append(_as_lost(one, place[1]))
+    return lost
+
+
+def _as_lost(device: Device, index: int) -> Device:
+    problem = next((one for one in device.problems if one.code is ProblemCode.LOST), LOST)
+    if index != device.index:
+        message = f"it was there as device {device.index} and does not answer any more: see the "
+        problem = DeviceProblem(code=ProblemCode.LOST, message=f"{message}kernel's log")
+    return device.model_copy(update={"index": index, "problems": [problem], **_UNMEASURED})
 
 
 def after_failure(known: Known, why: str) -> Known:
@@ -97,6 +122,21 @@ def after_failure(known: Known, why: str) -> Known:
         for one in known.devices
     )
     return Known(devices, (why,))
+
+
+def unwell_since(before: Known, now: Known) -> list[str]:
+    """A sentence for each problem that a device has now and had not; its tool's are complaints."""
+    earlier = _Lookup(before.devices)
+    said = []
+    for device in now.devices:
+        was = earlier.same(device)
+        had = {one.code for one in was.problems} if was else set()
+        said += [
+            f"{_called(device)} of {device.vendor} is unhealthy: {one.message}"
+            for one in device.problems
+            if one.code not in had and one.code is not ProblemCode.TOOL
+        ]
+    return said
 
 
 def alike(some: Sequence[str], others: Sequence[str]) -> bool:
@@ -130,20 +170,35 @@ def _lasting(problems: Iterable[DeviceProblem]) -> list[DeviceProblem]:
     return [one for one in problems if one.code is not ProblemCode.TOOL]
 
 
-def _same(one: Device, other: Device) -> bool:
-    if one.uuid and other.uuid:
-        return one.uuid == other.uuid
-    return (one.type, one.index) == (other.type, other.index)
+def _key(device: Device) -> tuple[str, int]:
+    return device.type, device.index
 
 
-def _replaced(gone: Device, there: Iterable[Device]) -> bool:
-    """Whether `gone` is no more for a reason: its memory is another device's now."""
-    for device in there:
-        if gone.uuid and gone.uuid in (device.uuid, device.parent_uuid):
-            return True
-        if gone.parent_uuid and gone.parent_uuid in (device.uuid, device.parent_uuid):
-            return True
-    return False
+class _Lookup:
+    """Devices by what tells them apart: UUIDs, and where one has none type and index."""
+
+    def __init__(self, devices: Iterable[Device]) -> None:
+        self._by_uuid: dict[str, Device] = {}
+        self._by_key: dict[tuple[str, int], Device] = {}
+        self._parents: set[str] = set()
+        for device in devices:
+            self._by_key[_key(device)] = device
+            if device.uuid:
+                self._by_uuid[device.uuid] = device
+            if device.parent_uuid:
+                self._parents.add(device.parent_uuid)
+
+    def same(self, device: Device) -> Device | None:
+        """The one that is `device`."""
+        if device.uuid in self._by_uuid:
+            return self._by_uuid[device.uuid]
+        one = self._by_key.get(_key(device))
+        return None if one is None or (one.uuid and device.uuid) else one
+
+    def replaces(self, gone: Device) -> bool:
+        """Whether `gone` is no more for a reason: its memory is another device's now."""
+        uuids = self._by_uuid.keys() | self._parents
+        return bool({gone.uuid, gone.parent_uuid} & uuids)
 
 
 def _called(device: Device) -> str:

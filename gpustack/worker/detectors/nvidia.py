@@ -1,7 +1,6 @@
 """NVIDIA cards and their MIG instances, by NVML."""
 
 import logging
-import time
 from collections.abc import Iterator
 from typing import Any, Final, TypeVar
 
@@ -58,12 +57,8 @@ class Nvidia:
         reading = nvml.read(tools)
         if reading is None:
             return []
-        for xid in self._health.hear(reading.xids):
+        for xid in dict.fromkeys(self._health.hear(reading.xids)):  # some come by the hundred
             logger.info("%s", xid_said(xid))
-        now = time.monotonic()
-        for card in reading.cards:
-            if isinstance(card, Card):
-                self._health.feel(card, now)
         return list(devices(reading, self._health, host.memory()))
 
 

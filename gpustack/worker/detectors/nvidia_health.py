@@ -1,4 +1,4 @@
-"""When an NVIDIA card is not well, and why. Pure: time is an argument.
+"""When an NVIDIA card is not well, and why. Pure.
 
 Source of the Xid tables: NVIDIA, "Xid Errors", chapter "Analyzing Xid Errors with the Xid Catalog",
 https://docs.nvidia.com/deploy/xid-errors/analyzing-xid-catalog.html, column "Resolution Bucket
@@ -49,41 +49,6 @@ PROGRAMS_FAULT: Final[frozenset[int]] = frozenset(
 #: nvml.h: nvmlClocksEventReasonHwThermalSlowdown. Clocks are halved at least.
 HW_THERMAL_SLOWDOWN: Final = 0x40
 
-#: Seconds that a card has to be slowed down, to be unwell. With looks every 10 s: four in a row.
-HOT_AFTER_S: Final = 30.0
-#: Seconds without, after which being slowed down counts from the beginning.
-GAP_S: Final = 30.0
-#: Seconds without, after which it is well again. A card that is given new work at once would get
-#: hot again, so this is much longer than what made it unwell.
-COOL_AFTER_S: Final = 300.0
-
-
-@dataclass(frozen=True, slots=True)
-class Heat:
-    """Whether a card is too hot, without flapping.
-
-    Attributes:
-        since: when it began to be slowed down; None: it is not.
-        last: when it was seen slowed down last.
-    """
-
-    since: float | None = None
-    last: float = 0.0
-    is_hot: bool = False
-
-    def after(self, *, is_slowed: bool, now: float) -> "Heat":
-        """What is known after one more look.
-
-        Args:
-            now: seconds, of a clock that never goes back.
-        """
-        if is_slowed:
-            began = now if self.since is None else self.since
-            return Heat(began, now, self.is_hot or now - began >= HOT_AFTER_S)
-        cool_s = now - self.last
-        since = None if cool_s >= GAP_S else self.since
-        return Heat(since, self.last, self.is_hot and cool_s < COOL_AFTER_S)
-
 
 @dataclass
 class Health:
@@ -95,29 +60,22 @@ class Health:
     """
 
     xids: dict[str, list[Xid]] = field(default_factory=dict)
-    heats: dict[str, Heat] = field(default_factory=dict)
 
     def hear(self, xids: Iterable[Xid]) -> list[Xid]:
-        """Take in what was reported; those that make no card unwell are returned."""
+        """Take in what was reported; those that make no card unwell are returned.
+
+        Among them is one whose card is not told: it had gone before it was ever read.
+        """
         harmless = []
         for xid in xids:
-            if xid.code not in XIDS:
+            if xid.code not in XIDS or not xid.card:
                 harmless.append(xid)
             elif xid not in (known := self.xids.setdefault(xid.card, [])):
                 known.append(xid)
         return harmless
 
-    def feel(self, card: Card, now: float) -> None:
-        """Take in how hot a card is; one that does not say is not."""
-        if isinstance(card.uuid, str):
-            is_slowed = isinstance(card.slowdowns, int) and bool(
-                card.slowdowns & HW_THERMAL_SLOWDOWN
-            )
-            heat = self.heats.get(card.uuid, Heat())
-            self.heats[card.uuid] = heat.after(is_slowed=is_slowed, now=now)
-
     def problems(self, card: Card, part: MigInstance | None = None) -> list[DeviceProblem]:
-        """What is wrong with a card, or with a MIG instance of it."""
+        """What is wrong with a card now, or with a MIG instance of it."""
         uuid = card.uuid if isinstance(card.uuid, str) else ""
         codes = {
             xid.code for xid in self.xids.get(uuid, ()) if part is None or _concerns(xid, part)
@@ -141,7 +99,7 @@ class Health:
                     "a row of its memory could not be remapped: NVIDIA replaces such cards",
                 )
             )
-        if self.heats.get(uuid, Heat()).is_hot:
+        if isinstance(card.slowdowns, int) and card.slowdowns & HW_THERMAL_SLOWDOWN:
             found.append(
                 _problem(
                     ProblemCode.THERMAL,
@@ -154,6 +112,8 @@ class Health:
 def xid_said(xid: Xid) -> str:
     """One that makes no card unwell, for the log."""
     whose = "a program's fault" if xid.code in PROGRAMS_FAULT else "of no known consequence"
+    if xid.code in XIDS:
+        whose = XIDS[xid.code][0]
     return f"{xid.card or 'a card'}: Xid {xid.code}, {whose}"
 
 

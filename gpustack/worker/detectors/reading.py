@@ -30,6 +30,10 @@ _NUMBER: Final = re.compile(r"\s*([+-]?\d{1,20}(?:\.\d{1,20})?)\s*([A-Za-z]*)")
 #: More is a misread number: no device has 1 PiB.
 _MOST_BYTES: Final = 1 << 50
 
+#: Devices of one vendor; 16 cards of 7 MIG instances each are 112. Thousands, which garbage can
+#: show, would hold up the event loop: what is done with them grows with their number.
+MOST_DEVICES: Final = 128
+
 #: Ways of saying nothing.
 _NOTHING: Final = frozenset(
     {"", "-", "n/a", "na", "[n/a]", "none", "null", "unknown", "not supported"}
@@ -161,13 +165,26 @@ def no_memory(tool: str) -> DeviceProblem:
     return problem(ProblemCode.TOOL, f"{tool} does not say how much memory it has")
 
 
+def few(devices: Iterable[Device], tool: str) -> list[Device]:
+    """The devices.
+
+    Raises:
+        ValueError: there are more than any machine has; the rest is not even looked at.
+    """
+    found = list(itertools.islice(devices, MOST_DEVICES + 1))
+    if len(found) > MOST_DEVICES:
+        raise ValueError(f"{tool} shows more than {MOST_DEVICES} devices")
+    return found
+
+
 def checked(devices: Iterable[Device], tool: str) -> list[Device]:
     """The devices, by index.
 
     Raises:
-        ValueError: two have one index: an engine could not be told which of them to use.
+        ValueError: two have one index: an engine could not be told which of them to use. Or there
+            are more than any machine has.
     """
-    found = sorted(devices, key=lambda one: one.index)
+    found = sorted(few(devices, tool), key=lambda one: one.index)
     for one, following in itertools.pairwise(found):
         if one.index == following.index:
             raise ValueError(f"{tool} shows two devices with the index {one.index}")

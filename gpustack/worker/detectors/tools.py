@@ -6,6 +6,8 @@ import selectors
 import shutil
 import subprocess
 import time
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import IO, Final
 
 from gpustack.lib import platform
@@ -34,12 +36,18 @@ class Tools:
 
     Args:
         limit_s: for all that is run in one look together.
+        mark: variables that all that is run carries, so that what a killed agent left is found.
     """
 
-    def __init__(self, *, limit_s: float = LIMIT_S) -> None:
+    def __init__(
+        self, *, limit_s: float = LIMIT_S, mark: Mapping[str, str] = MappingProxyType({})
+    ) -> None:
         self._limit_s = limit_s
+        self._mark = mark
         self._undead: list[subprocess.Popen[bytes]] = []
+        self._running: subprocess.Popen[bytes] | None = None
         self._staying: subprocess.Popen[bytes] | None = None
+        self._is_closed = False
         self.begin()
 
     def begin(self) -> None:
@@ -47,10 +55,15 @@ class Tools:
         self._deadline = time.monotonic() + self._limit_s
 
     def close(self) -> None:
-        """End the program that stays, if there is one."""
-        if (process := self._staying) is not None:
-            self._staying = None
-            self._end(process)
+        """End what runs, and the program that stays; there is no look after this.
+
+        For the event loop, while a look may hang in its thread.
+        """
+        self._is_closed = True
+        running = self._running
+        if running is not None and running.poll() is None:
+            platform.kill_group(running.pid, force=True)
+        self._let_go()
 
     def has(self, name: str) -> bool:
         return shutil.which(name) is not None
@@ -67,9 +80,11 @@ class Tools:
             raise ToolFailed(f"{name} is not installed")
         try:
             process = self._start([path, *arguments], subprocess.DEVNULL, subprocess.PIPE)
+            self._running = process
             try:
                 out, err = self._read(process)
             finally:
+                self._running = None
                 self._end(process)
         except ToolFailed as error:
             raise ToolFailed(f"{command} {error}") from None
@@ -96,11 +111,19 @@ class Tools:
         try:
             return self._line_of(self._staying)
         except ToolFailed:
-            self.close()
+            self._let_go()
             raise
+
+    def _let_go(self) -> None:
+        """End the program that stays, if there is one."""
+        if (process := self._staying) is not None:
+            self._staying = None
+            self._end(process)
 
     def _start(self, argv: list[str], stdin: int, stderr: int) -> subprocess.Popen[bytes]:
         self._undead = [one for one in self._undead if one.poll() is None]
+        if self._is_closed:
+            raise ToolFailed("is not run: this agent leaves")
         if self._undead:
             raise ToolFailed("is not run: one from before hangs and cannot be ended")
         try:
@@ -109,7 +132,7 @@ class Tools:
                 stdin=stdin,
                 stdout=subprocess.PIPE,
                 stderr=stderr,
-                env=_environment(),
+                env={**_environment(), **self._mark},
                 # A group of its own, so that what it starts is ended with it.
                 start_new_session=True,
             )

@@ -4,7 +4,7 @@ import logging
 from dataclasses import dataclass
 
 from gpustack.lib import platform
-from gpustack.worker.supervisor.groups import groups_by_uid
+from gpustack.worker.supervisor.groups import groups_by_uid, groups_of_tools
 from gpustack.worker.supervisor.records import UID_VARIABLE, Record, Records
 
 logger = logging.getLogger(__name__)
@@ -30,7 +30,7 @@ class Found:
         alive: engines to adopt; each record has a pid, one per instance.
         dead: records whose engine is gone, and nothing else runs for the instance.
         strays: what is left of others: of engines that nobody has a record of, whose first process
-            is gone, or whose instance has another.
+            is gone, or whose instance has another; and of vendors' tools.
     """
 
     alive: list[Record]
@@ -67,6 +67,8 @@ def find(records: Records) -> Found:
         else:
             records.remove(record.uid)
     strays += [Stray(frozenset(left)) for left in groups.values()]
+    if tools := groups_of_tools(records.home):
+        strays.append(Stray(frozenset(tools)))
     dead = [record for record in gone if record.instance_id not in alive]
     return Found(list(alive.values()), dead, strays)
 

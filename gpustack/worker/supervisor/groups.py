@@ -2,11 +2,15 @@
 
 import asyncio
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from gpustack.lib import platform
-from gpustack.worker.supervisor.records import HOME_VARIABLE, UID_VARIABLE
+from gpustack.worker.supervisor.records import (
+    HOME_VARIABLE,
+    TOOL_HOME_VARIABLE,
+    UID_VARIABLE,
+)
 
 
 def groups_by_uid(home: Path) -> dict[str, set[int]]:
@@ -15,16 +19,25 @@ def groups_by_uid(home: Path) -> dict[str, set[int]]:
     Never our own group, whatever its environment says.
     """
     found: dict[str, set[int]] = {}
+    for environment, group in _marked(HOME_VARIABLE, home):
+        if uid := environment.get(UID_VARIABLE):
+            found.setdefault(uid, set()).add(group)
+    return found
+
+
+def groups_of_tools(home: Path) -> set[int]:
+    """Process groups of vendors' tools that agents of `home` have run."""
+    return {group for _, group in _marked(TOOL_HOME_VARIABLE, home)}
+
+
+def _marked(variable: str, home: Path) -> Iterator[tuple[dict[str, str], int]]:
     own = platform.process_group(os.getpid())
     for pid in platform.live_pids():
         environment = platform.process_environment(pid)
-        uid = environment.get(UID_VARIABLE)
-        if not uid or environment.get(HOME_VARIABLE) != os.fspath(home):
-            continue
-        group = platform.process_group(pid)
-        if group is not None and group > 1 and group != own:
-            found.setdefault(uid, set()).add(group)
-    return found
+        if environment.get(variable) == os.fspath(home):
+            group = platform.process_group(pid)
+            if group is not None and group > 1 and group != own:
+                yield environment, group
 
 
 async def end_group(

@@ -17,6 +17,8 @@ logger = logging.getLogger(__name__)
 #: In an engine's environment, and so in that of each process it starts.
 UID_VARIABLE = "GPUSTACK_ENGINE_UID"
 HOME_VARIABLE = "GPUSTACK_ENGINE_HOME"
+#: In its place where the process is a vendor's tool, and no engine's.
+TOOL_HOME_VARIABLE = "GPUSTACK_TOOL_HOME"
 
 
 class Record(EngineRecord):
@@ -108,6 +110,10 @@ class Records:
     def environment(self, uid: str) -> dict[str, str]:
         """What marks the processes of an engine as ours."""
         return {UID_VARIABLE: uid, HOME_VARIABLE: os.fspath(self.home)}
+
+    def environment_of_tools(self) -> dict[str, str]:
+        """What marks vendors' tools as ours."""
+        return {TOOL_HOME_VARIABLE: os.fspath(self.home)}
 
     def _path(self, uid: str) -> Path:
         return self._folder / f"{uid}.json"

@@ -134,13 +134,18 @@ async def test_devices_stay_listed_unwell_when_their_tool_is_gone(tmp_path: Path
     }
 
 
-async def test_one_device_of_several_that_is_gone_is_lost_until_it_is_back(tmp_path: Path) -> None:
+async def test_one_device_of_several_that_is_gone_is_lost_until_it_is_back(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     tool = Script(tmp_path, TWO)
     detection = Detection([tool])
     await detection.look()
     tool.write("echo 0 left 1024")
     status = await detection.look()
     assert problems(status) == {"left": [], "right": [ProblemCode.LOST]}
+    await detection.look()
+    (said,) = warnings(caplog)
+    assert said.startswith("device 1 (right) of test is unhealthy: it was there and")
     assert "was there" in status.gpu_devices[1].problems[0].message
     tool.write(TWO)
     assert problems(await detection.look()) == {"left": [], "right": []}
@@ -269,6 +274,29 @@ async def test_a_card_that_is_split_is_not_lost_and_neither_are_its_parts_when_i
         assert (await detection.look()).gpu_devices == found
 
 
+async def test_a_lost_card_is_listed_also_where_those_behind_it_move_up() -> None:
+    cards = [device(at, uuid=name, name=name) for at, name in enumerate("abcd")]
+    says = Says(*cards)
+    detection = Detection([says])
+    await detection.look()
+    says.found = [device(at, uuid=name, name=name) for at, name in enumerate("acd")]
+    for _ in range(2):
+        status = await detection.look()
+        assert [(one.index, one.name) for one in status.gpu_devices] == [*enumerate("acdb")]
+        assert problems(status) == {"a": [], "c": [], "d": [], "b": [ProblemCode.LOST]}
+        assert "as device 1 and" in status.gpu_devices[3].problems[0].message
+    says.found = cards
+    assert (await detection.look()).gpu_devices == cards
+
+
+async def test_a_card_that_another_took_the_place_of_is_not_lost() -> None:
+    says = Says(device(0, uuid="a"), device(1, uuid="b"))
+    detection = Detection([says])
+    await detection.look()
+    says.found = [device(0, uuid="a"), device(1, uuid="new")]
+    assert (await detection.look()).gpu_devices == says.found
+
+
 async def test_a_device_that_says_it_is_lost_keeps_what_was_known_of_it() -> None:
     says = Says(device(0, uuid="a", name="card"), device(1, uuid="b"))
     detection = Detection([says])
@@ -278,6 +306,12 @@ async def test_a_device_that_says_it_is_lost_keeps_what_was_known_of_it() -> Non
     assert (status.gpu_devices[0].name, status.gpu_devices[0].memory_total_bytes) == ("card", 100)
     assert [one.code for one in status.gpu_devices[0].problems] == [ProblemCode.LOST]
     assert status.gpu_devices[1].problems == []
+
+
+async def test_a_device_of_any_vendor_that_is_too_hot_for_one_look_is_well() -> None:
+    hot = DeviceProblem(code=ProblemCode.THERMAL, message="it is 100 °C hot")
+    says = Says(device(0, name="card").model_copy(update={"problems": [hot]}))
+    assert problems(await Detection([says]).look()) == {"card": []}
 
 
 async def test_processes_are_named_by_whose_engine_they_are_and_the_largest_are_told() -> None:

@@ -1,5 +1,6 @@
 """The process that asks NVML, with a library that looks like it."""
 
+import csv
 import json
 import os
 import shutil
@@ -12,6 +13,9 @@ import pytest
 
 from gpustack.lib import platform
 from gpustack.worker.detectors.nvml import is_installed
+from tests.worker.detectors.recordings import recorded
+
+MIB = 1 << 20
 
 SOURCE = Path(__file__).parents[2] / "support/fake_nvml/nvml.c"
 
@@ -74,6 +78,33 @@ def test_all_that_the_library_says_arrives_and_errors_are_heard(library: Path) -
     assert imports is False
     (asking,) = children
     assert platform.start_ticks(asking) is None
+
+
+def test_what_is_told_of_an_h200_is_what_nvidia_smi_says_of_it(library: Path) -> None:
+    """Of the very machine: nvidia-smi --query-gpu=… --format=csv, and its table of processes."""
+    head, row = csv.reader(recorded("nvidia/h200-smi.csv").splitlines(), skipinitialspace=True)
+    smi = {name.partition(" [")[0]: value.split()[0] for name, value in zip(head, row, strict=True)}
+    smi["name"] = row[1]
+    ((idle,), (busy,), *_), _ = look(library, "recorded", "busy")
+    assert {
+        "index": str(idle["index"]),
+        "name": idle["name"],
+        "uuid": idle["uuid"],
+        "memory.total": str(idle["memory_total_bytes"] // MIB),
+        # 615 MiB, which the driver keeps for itself, are in what NVML's older call says.
+        "memory.used": str(idle["memory_used_bytes"] // MIB),
+        "utilization.gpu": f"{idle['utilization_percent']:g}",
+        "temperature.gpu": f"{idle['temperature_celsius']:g}",
+        "power.draw": f"{idle['power_watts']:g}",
+        "driver_version": idle["driver_version"],
+        "compute_cap": idle["compute_capability"],
+    } == smi
+    assert (idle["architecture"], idle["runtime_version"]) == ("Hopper", "13.0")
+    assert (idle["problems"], idle["processes"], busy["problems"]) == ([], [], [])
+    # "1039MiB / 143771MiB", and 1030MiB of them process 446.
+    assert round(busy["memory_used_bytes"] / MIB) == 1039
+    (process,) = busy["processes"]
+    assert (process["pid"], process["memory_bytes"] // MIB) == (446, 1030)
 
 
 def test_a_library_that_crashes_costs_the_cards_health_until_it_works_again(library: Path) -> None:

@@ -6,13 +6,15 @@ Measured on two cores that had five processes to run: 15 to 43 ms, and 4 to 30 m
 
 import asyncio
 import ctypes
+import gc
 import json
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 
 import pytest
 
 from gpustack.schemas.workers import Device
+from gpustack.worker.detectors import hygon
 from gpustack.worker.detectors.detection import Detection
 from gpustack.worker.detectors.tools import LIMIT_BYTES, ToolFailed, Tools
 
@@ -42,6 +44,33 @@ class Blocking:
         return []
 
 
+class Printing:
+    """A tool that shows as many cards as it may print."""
+
+    vendor = "print"
+
+    def look(self, tools: Tools) -> list[Device]:
+        card = r'"%s\"card%d\":{\"vram total memory (MiB)\":\"1\"}", i ? "," : "", i'
+        cards = f'BEGIN {{ printf "{{"; for (; i < 9999; i++) printf {card}; print "}}" }}'
+        return hygon.parse(tools.run("awk", cards))
+
+
+class Swarming:
+    """Says that there are so many devices, others at each look."""
+
+    vendor = "swarm"
+
+    def __init__(self, number: int) -> None:
+        self.number, self.looks = number, 0
+
+    def look(self, tools: Tools) -> list[Device]:
+        self.looks += 1
+        return [
+            Device(index=at, vendor="swarm", uuid=f"{self.looks}.{at}", memory_total_bytes=1)
+            for at in range(self.number)
+        ]
+
+
 DETECTORS = (
     Hanging("exec sleep 60"),
     Hanging("trap '' TERM INT HUP; while :; do sleep 60; done"),
@@ -49,6 +78,8 @@ DETECTORS = (
     Hanging("yes '{' >&2"),
     Hanging(f"echo '['; yes 1, | head -c {LIMIT_BYTES - 10}; echo '1]'"),  # just not too much
     Blocking(),
+    Printing(),
+    Swarming(128),
 )
 
 
@@ -73,6 +104,16 @@ async def longest_stall(work: Callable[[], Awaitable[object]]) -> float:
     return longest
 
 
+@pytest.fixture
+def frozen() -> Iterator[None]:
+    """What is here already is not looked through for garbage, as in an agent (cli/role.py)."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.mark.usefixtures("frozen")
 async def test_the_loop_never_stalls_while_tools_hang_and_never_stop_printing() -> None:
     # Others may have this machine's cores: what stalls without detection as well is not its fault,
     # and one of three runs has to be in time.
@@ -94,6 +135,11 @@ async def test_a_stall_would_be_seen() -> None:
         time.sleep(2 * LIMIT_S)  # noqa: ASYNC251  what must not happen
 
     assert await longest_stall(stall) > LIMIT_S
+
+
+def test_many_cards_are_what_a_tool_may_print() -> None:
+    with pytest.raises(ValueError, match="hy-smi shows more than 128 devices"):
+        Printing().look(Tools())
 
 
 @pytest.mark.parametrize("detector", DETECTORS[:4])
