@@ -238,6 +238,14 @@ def kill_group(group: int, *, force: bool) -> None:
             os.killpg(group, signal.SIGKILL if force else signal.SIGTERM)
 
 
+def signal_name(number: int) -> str:
+    """Such as SIGKILL; "" where it has no name here, as most real-time signals have none."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return ""
+
+
 def oom_kills() -> int | None:
     """How many processes the kernel has ended for lack of memory; None where it does not say.
 

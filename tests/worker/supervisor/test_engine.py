@@ -1,5 +1,6 @@
 import asyncio
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -277,6 +278,14 @@ async def test_the_exit_code_of_an_engine_is_known(bench: Bench) -> None:
     assert failure is not None
     assert (failure.trouble, failure.code, failure.ran_s) == (Trouble.EXITED, 7, None)
     assert failure.sentence == "the engine exited with code 7 before it answered"
+
+
+async def test_a_signal_without_a_name_is_told_by_its_number(bench: Bench) -> None:
+    says = "import os, signal; os.kill(os.getpid(), signal.SIGRTMIN + 1)"
+    failure = await bench.engine.start(bench.plan(sys.executable, "-c", says), 0)
+    assert failure is not None
+    assert re.fullmatch(r"the engine was ended by signal \d+ before it answered", failure.sentence)
+    assert bench.left() == []
 
 
 async def test_words_about_a_port_in_the_log_are_not_believed(bench: Bench) -> None:
