@@ -298,7 +298,7 @@ def test_of_an_engine_without_a_pid_its_first_process_is_found_whatever_its_numb
                     health_path="/",
                     busy_gauges=[],
                     boot_id=platform.boot_id(),
-                )  # fmt: skip
+                )
             )
             (alive,) = adoption.find(records).alive
             first.kill()
