@@ -1,5 +1,6 @@
 """What is read from workers themselves: engines' logs, and what runs there."""
 
+import asyncio
 import re
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
@@ -30,6 +31,11 @@ router = APIRouter(route_class=Repeated)
 DEFAULT_TAIL = 1000
 #: A longer time ago than any log; workers take no more digits.
 _EVER_S = 1e10
+#: For a worker to begin its answer, seconds: it may have to look for its lines from the end of a
+#: gigabyte. A worker that hangs must not keep who asks, nor the asking, for ever.
+BEGINS_S = 30.0
+#: The same for more of an answer that has an end.
+GOES_ON_S = 60.0
 
 Duration = Annotated[str, StringConstraints(pattern=r"^([0-9]{1,9}(\.[0-9]{1,3})?[smhd]?){1,4}$")]
 Tail = Annotated[
@@ -77,10 +83,15 @@ async def read_instance_logs(
     if since is not None:
         query["since"] = f"{_ago_s(since):.3f}"
     stack = AsyncExitStack()
-    # A followed log may be silent for hours.
-    asking = asked(worker, "GET", f"/v2/logs/{instance_id}", query=query, read_s=None)
+    # A followed log may be silent for hours, once it has begun.
+    read_s = None if follow else GOES_ON_S
+    asking = asked(worker, "GET", f"/v2/logs/{instance_id}", query=query, read_s=read_s)
     try:
-        answer = await stack.enter_async_context(asking)
+        async with asyncio.timeout(BEGINS_S):
+            answer = await stack.enter_async_context(asking)
+    except TimeoutError:
+        why = f"it has not begun to answer within {BEGINS_S:g} s"
+        raise Unavailable(f"worker {worker.name} cannot be reached: {why}") from None
     except NotFound:
         if not previous and (why := _not_started(instance)):
             raise NotFound(f"instance {instance.name} has no log yet: {why}") from None
@@ -107,8 +118,10 @@ async def _placed(db: Database, instance_id: int) -> tuple[tables.Instance, tabl
 
 
 def _not_started(instance: tables.Instance) -> str:
-    """Why its engine has said nothing yet, or nothing."""
+    """Why its engine has said nothing yet; "" if it has been started."""
     state = InstanceState(instance.reported_state or InstanceState.SCHEDULED)
+    if state in (InstanceState.STARTING, InstanceState.RUNNING):
+        return ""
     why = instance.state_message.partition("\n")[0]
     if state is InstanceState.ERROR and why:
         return why
