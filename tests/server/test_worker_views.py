@@ -105,6 +105,7 @@ async def test_a_log_is_asked_for_by_lines_time_and_run(plane: Plane) -> None:
             ({"since": "20m"}, lines),
             ({"since": "20m", "tail": "2"}, lines[-2:]),
             ({"since": at.isoformat()}, lines[1100:]),
+            ({"since": str(int(at.timestamp()))}, lines[1100:]),
             ({"since": (at + timedelta(hours=2)).astimezone().isoformat()}, lines[1100:]),
             ({"previous": "true"}, ["before\n"]),
             ({"previous": "1", "follow": "true"}, ["before\n"]),
@@ -118,6 +119,13 @@ async def test_a_log_is_asked_for_by_lines_time_and_run(plane: Plane) -> None:
             {"since": "-5m"}, {"previous": "-1"}, {"previous": "yes?"},
         ):  # fmt: skip
             assert (await stage.admin.get(stage.path, params=wrong)).status_code == 422, wrong
+        for wrong, said in (
+            ({"since": "an hour"}, "since: want a time such as 2026-01-31T12:00:00Z or a duration "
+                                   "such as 10m, got 'an hour'"),
+            ({"previous": "x" * 99}, "previous: want true, false or how many runs back, got '"
+                                     + "x" * 40 + "'"),
+        ):  # fmt: skip
+            assert (await stage.admin.get(stage.path, params=wrong)).json()["message"] == said
 
 
 async def test_a_downloaded_log_has_a_name_that_every_system_takes(plane: Plane) -> None:

@@ -9,7 +9,13 @@ from typing import TYPE_CHECKING, Annotated
 
 from fastapi import APIRouter, Query
 from fastapi.responses import StreamingResponse
-from pydantic import AwareDatetime, StringConstraints
+from pydantic import (
+    AwareDatetime,
+    StringConstraints,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+)
 
 from gpustack.errors import BadRequest, NotFound, Unavailable, raises
 from gpustack.lib.units import seconds
@@ -37,7 +43,24 @@ BEGINS_S = 30.0
 #: The same for more of an answer that has an end.
 GOES_ON_S = 60.0
 
-Duration = Annotated[str, StringConstraints(pattern=r"^([0-9]{1,9}(\.[0-9]{1,3})?[smhd]?){1,4}$")]
+
+def _want(what: str) -> WrapValidator:
+    """Say what is wanted instead of why each of the possible types is not what was given."""
+
+    def validate(value: object, handler: ValidatorFunctionWrapHandler) -> object:
+        try:
+            return handler(value)
+        except ValidationError:
+            raise ValueError(f"want {what}, got {str(value)[:40]!r}") from None
+
+    return WrapValidator(validate)
+
+
+# A number alone is seconds, of at most nine digits: with ten it is a time, as Unix counts them.
+_NUMBER = r"[0-9]{1,9}(\.[0-9]{1,3})?"
+Duration = Annotated[
+    str, StringConstraints(pattern=rf"^(({_NUMBER}[smhd]){{1,4}}({_NUMBER})?|{_NUMBER})$")
+]
 Tail = Annotated[
     int | None,
     Query(
@@ -49,10 +72,12 @@ Tail = Annotated[
 ]
 Previous = Annotated[
     bool | Annotated[int, Query(ge=0, le=10**6)],
+    _want("true, false or how many runs back"),
     Query(description="The run before the present one; a number counts back further."),
 ]
 Since = Annotated[
     AwareDatetime | Duration | None,
+    _want("a time such as 2026-01-31T12:00:00Z or a duration such as 10m"),
     Query(description="What was written after a time (RFC 3339), or in the last `10m`."),
 ]
 Download = Annotated[bool, Query(description="All of it, to be kept as a file.")]
