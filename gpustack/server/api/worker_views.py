@@ -39,7 +39,7 @@ DEFAULT_TAIL = 1000
 _EVER_S = 1e10
 #: For a worker to begin its answer, seconds: it may have to look for its lines from the end of a
 #: gigabyte. A worker that hangs must not keep who asks, nor the asking, for ever.
-BEGINS_S = 30.0
+BEGINS_S = 20.0
 #: The same for more of an answer that has an end.
 GOES_ON_S = 60.0
 
