@@ -176,6 +176,25 @@ async def test_an_engine_that_is_to_drain_is_ended_once_it_has_no_request_left(
     assert bench.left() == []
 
 
+@pytest.mark.skipif(platform.connections_to(1) is None, reason="this system does not say it")
+async def test_an_engine_that_does_not_say_what_it_has_is_drained_by_its_connections(
+    bench: Bench,
+) -> None:
+    engine = bench.another(replace(QUICK, hear_s=0.01))
+    log = log_path(bench.folder / "log", 1)
+    async with asyncio.TaskGroup() as group:
+        owner = group.create_task(engine.start(bench.plan(fake="mute"), 0))
+        await eventually(lambda: bench.phase() is Phase.RUNNING)
+        assert engine.observed.port is not None
+        _, client = await asyncio.open_connection("127.0.0.1", engine.observed.port)
+        engine.ask_to_drain()
+        await eventually(lambda: log.read_text().count("metrics\n") >= 4)
+        assert bench.phase() is Phase.RUNNING
+        client.close()
+    assert owner.result() is None
+    assert bench.left() == []
+
+
 @pytest.mark.parametrize("told", [Engine.ask_to_stop, None])
 async def test_draining_ends_when_it_takes_too_long_or_the_engine_must_stop_now(
     bench: Bench, told: Callable[[Engine], None] | None
