@@ -165,9 +165,19 @@ def process_environment(pid: int) -> dict[str, str]:
     try:
         raw = Path(f"/proc/{pid}/environ").read_bytes()
     except OSError:
-        return {}
+        return {} if Path("/proc/self").exists() else environment_by_psutil(pid)
     pairs = (item.partition("=") for item in raw.decode(errors="replace").split("\0") if item)
     return {key: value for key, _, value in pairs}
+
+
+def environment_by_psutil(pid: int) -> dict[str, str]:
+    """The same where there is no /proc."""
+    import psutil
+
+    try:
+        return psutil.Process(pid).environ()
+    except (psutil.Error, OSError):
+        return {}
 
 
 def open_files(pid: int) -> list[str]:
