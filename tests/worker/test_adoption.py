@@ -280,7 +280,7 @@ def test_of_an_engine_without_a_pid_its_first_process_is_found_whatever_its_numb
     with process() as first:
         time.sleep(0.02)  # start times count hundredths of seconds
         try:
-            LAST_PID.write_text("300")
+            LAST_PID.write_text(str(max(1, first.pid - 100)))
         except OSError:
             first.kill()
             pytest.skip("only root lets pids begin anew")
@@ -303,7 +303,8 @@ def test_of_an_engine_without_a_pid_its_first_process_is_found_whatever_its_numb
             (alive,) = adoption.find(records).alive
             first.kill()
             child.kill()
-    assert child.pid < first.pid
+    if child.pid > first.pid:
+        pytest.skip("every smaller number is taken")
     assert alive.pid == first.pid
 
 
