@@ -36,7 +36,8 @@ PROGRESS_COUNTERS = (
 START_S = 1800.0
 #: One batch of 2,048 tokens may take this long on a CPU: 1.1 tokens/s, slower than a model of 70
 #: billion parameters at 4 bit on two cores. GPUs are a hundred times faster.
-CPU_LIMITS = Limits(start_s=START_S, stuck_s=1800.0)
+#: Told not to warm up, it maps its file and reads it only in the first request.
+CPU_LIMITS = Limits(start_s=START_S, first_s=START_S, stuck_s=1800.0)
 GPU_LIMITS = Limits(start_s=START_S, stuck_s=600.0)
 
 #: Options that name the engine's place in the cluster; a user's value would break the routing.

@@ -165,9 +165,19 @@ def process_environment(pid: int) -> dict[str, str]:
     try:
         raw = Path(f"/proc/{pid}/environ").read_bytes()
     except OSError:
-        return {}
+        return {} if Path("/proc/self").exists() else environment_by_psutil(pid)
     pairs = (item.partition("=") for item in raw.decode(errors="replace").split("\0") if item)
     return {key: value for key, _, value in pairs}
+
+
+def environment_by_psutil(pid: int) -> dict[str, str]:
+    """The same where there is no /proc."""
+    import psutil
+
+    try:
+        return psutil.Process(pid).environ()
+    except (psutil.Error, OSError):
+        return {}
 
 
 def open_files(pid: int) -> list[str]:
@@ -236,6 +246,14 @@ def kill_group(group: int, *, force: bool) -> None:
             os.kill(group, signal.SIGTERM)
         else:
             os.killpg(group, signal.SIGKILL if force else signal.SIGTERM)
+
+
+def signal_name(number: int) -> str:
+    """Such as SIGKILL; "" where it has no name here, as most real-time signals have none."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return ""
 
 
 def oom_kills() -> int | None:
@@ -359,6 +377,17 @@ def outgoing_ports() -> tuple[range, frozenset[int]] | None:
         low, _, high = item.partition("-")
         reserved.update(range(int(low), int(high or low) + 1))
     return range(first, last + 1), frozenset(reserved)
+
+
+def connections_to(port: int) -> int | None:
+    """How many TCP connections by IPv4 a listener on `port` has; None where nobody says."""
+    try:
+        lines = Path("/proc/net/tcp").read_text().splitlines()[1:]
+    except OSError:
+        return None
+    established, end = "01", f":{port:04X}"
+    fields = (line.split(maxsplit=4) for line in lines)
+    return sum(line[1].endswith(end) and line[3] == established for line in fields)
 
 
 def read_json_line(fd: int) -> dict[str, Any]:

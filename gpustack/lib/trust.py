@@ -152,9 +152,10 @@ def is_vouched_for(server: ssl.SSLContext, host: str) -> bool:
 
 def tls_error(error: BaseException) -> ssl.SSLError | None:
     """The failed handshake behind an error of a library, if that is the cause."""
+    waiting = (ssl.SSLWantReadError, ssl.SSLWantWriteError)  # behind a time-out: it was but slow
     at: BaseException | None = error
     while at is not None:
-        if isinstance(at, ssl.SSLError):
+        if isinstance(at, ssl.SSLError) and not isinstance(at, waiting):
             return at
         at = at.__cause__ or at.__context__
     return None

@@ -80,21 +80,22 @@ class Control:
     @property
     def instances(self) -> set[int]:
         """What is wanted of this worker, or still runs on it."""
-        return {*self._desired.instances, *self._engines}
+        return {*self._desired.instances, *self.observed()}
 
     @property
     def sources(self) -> list[ModelSource]:
         """What the wanted instances are started from."""
         return [instance.spec for instance in self._desired.instances.values()]
 
-    def phases(self) -> list[Phase]:
-        """Where each engine is now."""
-        return [engine.observed.phase for engine in self._engines.values()]
+    @property
+    def names(self) -> dict[int, str]:
+        """Of the wanted instances, by their ids."""
+        return {id: instance.name for id, instance in self._desired.instances.items()}
 
-    def observed(self) -> dict[int, tuple[str, Observed]]:
-        """By instance: its name, "" if only its record has it, and how its engine is now."""
-        named = {id: instance.name for id, instance in self._desired.instances.items()}
-        return {id: (named.get(id, ""), one.observed) for id, one in self._engines.items()}
+    def observed(self) -> dict[int, Observed]:
+        """By instance, its engine; what is left of one counts as one that is being ended."""
+        ending = {id: Observed(Phase.ENDING) for id in self._clearing.values() if id is not None}
+        return ending | {id: engine.observed for id, engine in self._engines.items()}
 
     def wake(self) -> None:
         """Something changed: decide anew."""
@@ -172,7 +173,7 @@ class Control:
             World(
                 desired=self._desired.instances,
                 synced=self._desired.synced,
-                engines=self._observed(),
+                engines=self.observed(),
                 attempts=self._memory.attempts,
                 stopped=self._stopped,
                 now=self._now(),
@@ -188,11 +189,6 @@ class Control:
                 case Report(instance_id, status):
                     self.reports.put(instance_id, status)
         return decision.again_at
-
-    def _observed(self) -> dict[int, Observed]:
-        """Every engine; what is left of one counts as one that is being ended."""
-        ending = {id: Observed(Phase.ENDING) for id in self._clearing.values() if id is not None}
-        return ending | {id: engine.observed for id, engine in self._engines.items()}
 
     def _clear(self, stray: Stray) -> None:
         """End what is left of an engine. Until then its port is held, and its instance waits."""

@@ -40,8 +40,8 @@ async def serve(
 async def gather(control: Control, records: Records, detection: Detection) -> list[Metric]:
     """The metrics of now."""
     states: dict[tuple[str, ...], float] = dict.fromkeys(((phase,) for phase in Phase), 0)
-    for phase in control.phases():
-        states[phase,] += 1
+    for engine in control.observed().values():
+        states[engine.phase,] += 1
     by_state = Metric("gpustack_engines", "Engines by state.", ("state",), states)
     seen = detection.status
     about = [] if seen is None else machine(seen)

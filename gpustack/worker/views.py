@@ -17,18 +17,18 @@ from gpustack.worker.supervisor.records import Records
 
 async def engines(control: Control, records: Records, log_dir: Path) -> Engines:
     """Every engine that there is, by instance."""
-    return await asyncio.to_thread(_engines, control.observed(), records, log_dir)
+    return await asyncio.to_thread(_engines, control.observed(), control.names, records, log_dir)
 
 
 def _engines(
-    observed: Mapping[int, tuple[str, Observed]], records: Records, log_dir: Path
+    observed: Mapping[int, Observed], wanted: Mapping[int, str], records: Records, log_dir: Path
 ) -> Engines:
-    recorded = {record.instance_id: record.instance_name for record in records.all()}
+    names = {record.instance_id: record.instance_name for record in records.all()} | dict(wanted)
     return Engines(
         [
             Engine(
                 instance_id=id,
-                instance_name=name or recorded.get(id, ""),
+                instance_name=names.get(id, ""),
                 phase=seen.phase,
                 pid=seen.pid,
                 port=seen.port,
@@ -36,7 +36,7 @@ def _engines(
                 age_s=_age_s(seen.pid),
                 log_bytes=_size(log_path(log_dir, id)),
             )
-            for id, (name, seen) in sorted(observed.items())
+            for id, seen in sorted(observed.items())
         ]
     )
 

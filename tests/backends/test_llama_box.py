@@ -119,3 +119,4 @@ def test_an_engine_on_a_cpu_may_be_silent_longer_than_one_on_a_gpu() -> None:
     on_cpu = LlamaBox().launch(spec(), SLOT).limits
     on_gpu = LlamaBox().launch(spec(), replace(SLOT, devices=(0,))).limits
     assert on_cpu.stuck_s > on_gpu.stuck_s
+    assert on_cpu.first_s > on_gpu.first_s

@@ -30,10 +30,12 @@ class Place:
 
     def __init__(self) -> None:
         self.seen: list[bytes | None] = []
+        self.answers = True
 
     def __call__(self, exchange: Exchange) -> Receiver:
         self.seen.append(exchange.header(b"authorization"))
-        exchange.respond(202)
+        if self.answers:
+            exchange.respond(202)
         return IGNORED
 
 
@@ -120,6 +122,17 @@ async def test_who_calls_without_an_event_loop_is_as_careful(tmp_path: Path, rig
             with pytest.raises(httpx.ConnectError, match="its key has fingerprint"):
                 await asyncio.to_thread(call, url)
         assert place.seen == ([b"Bearer the-credential"] if right else [])
+
+
+async def test_a_server_that_is_only_slow_is_not_said_to_be_another(tmp_path: Path) -> None:
+    issued = issue(tmp_path)
+    async with served(issued, "127.0.0.1") as (place, url):
+        place.answers = False
+        pin = by_fingerprint(issued)
+        async with Client(url, "the-credential", tls=pin, timeout_s=0.5) as client:
+            with pytest.raises(errors.Unavailable, match="Timeout"):
+                await client.models.delete(1)
+        assert place.seen == [b"Bearer the-credential"]
 
 
 async def test_a_port_without_tls_is_named(tmp_path: Path) -> None:

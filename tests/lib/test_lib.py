@@ -188,3 +188,10 @@ def test_the_ports_that_the_system_gives_away_are_known() -> None:
     if elsewhere.returncode:
         pytest.skip("no network namespace can be made here")
     assert elsewhere.stdout == "range(30000, 31000) [8080, 30010, 30011, 30012]\n"
+
+
+def test_without_proc_the_environment_of_a_process_is_known_too() -> None:
+    own = platform.process_environment(os.getpid())
+    assert "PATH" in own
+    assert platform.environment_by_psutil(os.getpid()) == own
+    assert platform.environment_by_psutil(2**22 + 1) == {}  # Linux has no such pid

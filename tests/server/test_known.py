@@ -72,7 +72,7 @@ async def test_heartbeats_and_unchanged_statuses_cost_no_statement(plane: Plane)
     agent = await plane.worker()
     beat = {"machine_id": "machine-w1", "boot_id": "boot", "run_id": "run"}
     path = f"/v2/workers/{agent.id}/heartbeat"
-    assert (await agent.http.put(path, json=beat)).status_code == 204
+    assert (await agent.http.put(path, json=beat)).status_code == 200
     await agent.report()
     statements: list[str] = []
 
@@ -84,7 +84,7 @@ async def test_heartbeats_and_unchanged_statuses_cost_no_statement(plane: Plane)
         event.listen(engine, "before_cursor_execute", note)
     mine = len(statements)
     for _ in range(20):
-        assert (await agent.http.put(path, json=beat)).status_code == 204
+        assert (await agent.http.put(path, json=beat)).status_code == 200
         await agent.report(cpu_percent=50.0)
     for engine in engines:
         event.remove(engine, "before_cursor_execute", note)
@@ -102,7 +102,7 @@ async def test_another_run_takes_over_and_the_old_one_is_refused_at_once(plane: 
     agent = await plane.worker()
     path = f"/v2/workers/{agent.id}"
     old = {"machine_id": "machine-w1", "boot_id": "boot", "run_id": "run"}
-    assert (await agent.http.put(f"{path}/heartbeat", json=old)).status_code == 204
+    assert (await agent.http.put(f"{path}/heartbeat", json=old)).status_code == 200
     body = registration("w1", run_id="next")
     assert (await agent.http.put(f"{path}/registration", json=body)).status_code == 200
     assert (await agent.http.put(f"{path}/heartbeat", json=old)).status_code == 409

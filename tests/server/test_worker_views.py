@@ -5,16 +5,18 @@ import os
 import socket
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 
 from gpustack.forward.metrics import Metric
 from gpustack.schemas.engines import Engine, Engines
+from gpustack.server.api import worker_views
 from gpustack.worker import log_times
 from gpustack.worker.api import Api
 from gpustack.worker.supervisor.engine_log import log_path, start_log
@@ -55,7 +57,9 @@ async def engines() -> Engines:
 
 
 @asynccontextmanager
-async def staged(plane: Plane, name: str = "org/m:1") -> AsyncIterator[Stage]:
+async def staged(
+    plane: Plane, name: str = "org/m:1", *, listens: bool = True
+) -> AsyncIterator[Stage]:
     admin, joiner = await plane.admin(), await plane.client(JOIN)
     sock = socket.create_server(("127.0.0.1", 0))
     body = registration("w", port=sock.getsockname()[1])
@@ -70,17 +74,18 @@ async def staged(plane: Plane, name: str = "org/m:1") -> AsyncIterator[Stage]:
         return found if found.get("worker_id") else None
 
     instance = await eventually(placed, "it is placed")
-    async with asyncio.TaskGroup() as group:
-        api = Api(
-            log_dir=plane.data_dir / "worker",
-            secret=lambda: said["agent_secret"],
-            instances=lambda: {instance["id"]},
-            engines=engines,
-            metrics=no_metrics,
-        )
-        task = group.create_task(api.serve(sock))
-        yield Stage(admin, agent, plane.data_dir / "worker", instance)
-        task.cancel()
+    with closing(sock):
+        async with asyncio.TaskGroup() as group:
+            api = Api(
+                log_dir=plane.data_dir / "worker",
+                secret=lambda: said["agent_secret"],
+                instances=lambda: {instance["id"]},
+                engines=engines,
+                metrics=no_metrics,
+            )
+            task = group.create_task(api.serve(sock) if listens else asyncio.sleep(3600))
+            yield Stage(admin, agent, plane.data_dir / "worker", instance)
+            task.cancel()
 
 
 async def test_a_log_is_asked_for_by_lines_time_and_run(plane: Plane) -> None:
@@ -100,6 +105,7 @@ async def test_a_log_is_asked_for_by_lines_time_and_run(plane: Plane) -> None:
             ({"since": "20m"}, lines),
             ({"since": "20m", "tail": "2"}, lines[-2:]),
             ({"since": at.isoformat()}, lines[1100:]),
+            ({"since": str(int(at.timestamp()))}, lines[1100:]),
             ({"since": (at + timedelta(hours=2)).astimezone().isoformat()}, lines[1100:]),
             ({"previous": "true"}, ["before\n"]),
             ({"previous": "1", "follow": "true"}, ["before\n"]),
@@ -113,6 +119,13 @@ async def test_a_log_is_asked_for_by_lines_time_and_run(plane: Plane) -> None:
             {"since": "-5m"}, {"previous": "-1"}, {"previous": "yes?"},
         ):  # fmt: skip
             assert (await stage.admin.get(stage.path, params=wrong)).status_code == 422, wrong
+        for wrong, said in (
+            ({"since": "an hour"}, "since: want a time such as 2026-01-31T12:00:00Z or a duration "
+                                   "such as 10m, got 'an hour'"),
+            ({"previous": "x" * 99}, "previous: want true, false or how many runs back, got '"
+                                     + "x" * 40 + "'"),
+        ):  # fmt: skip
+            assert (await stage.admin.get(stage.path, params=wrong)).json()["message"] == said
 
 
 async def test_a_downloaded_log_has_a_name_that_every_system_takes(plane: Plane) -> None:
@@ -141,6 +154,9 @@ async def test_why_there_is_no_log_is_said(plane: Plane) -> None:
         assert await said() == (404, why + "downloading")
         await stage.agent.say(stage.instance["id"], "error", state_message="no port is free\nx")
         assert await said() == (404, f"instance {name} has no log yet: no port is free")
+        await stage.agent.say(stage.instance["id"], "starting")
+        gone = f"worker w: instance {stage.instance['id']} has no log on this worker"
+        assert await said() == (404, gone)  # somebody has removed it
         stage.write("one")
         status, message = await said(stage.path + "?previous=true")
         assert (status, message) == (
@@ -152,6 +168,18 @@ async def test_why_there_is_no_log_is_said(plane: Plane) -> None:
         assert (await said("/v2/model-instances/99/logs"))[0] == 404
     status, message = await said()  # now nobody answers there
     assert (status, message.startswith("worker w cannot be reached")) == (503, True)
+
+
+@pytest.mark.parametrize("follow", ["true", "false"])
+async def test_a_worker_that_hangs_keeps_nobody_waiting(
+    plane: Plane, monkeypatch: pytest.MonkeyPatch, follow: str
+) -> None:
+    monkeypatch.setattr(worker_views, "BEGINS_S", 0.3)
+    async with staged(plane, listens=False) as stage:
+        async with asyncio.timeout(20):
+            answer = await stage.admin.get(stage.path, params={"follow": follow})
+        assert answer.status_code == 503
+        assert "it has not begun to answer within 0.3 s" in answer.json()["message"]
 
 
 async def test_what_runs_on_a_worker_is_what_its_agent_says(plane: Plane) -> None:

@@ -6,6 +6,7 @@ What it does is told by FAKE in its environment (`VersionSpec.env`), words separ
     exit-if=PATH     the same while PATH exists
     deaf-if=PATH     answer 503 while PATH exists
     busy-if=PATH     its metrics tell of a request while PATH exists; each look at them is logged
+    mute             its metrics say nothing
     delay=SECONDS    wait before listening
     post=STATUS      answer requests for work with STATUS and a sentence
     later-if=PATH    while PATH exists requests for work get 503
@@ -108,6 +109,7 @@ def answer(peer):
         work += not there("still-if")
         body = f"# gauge\\nllamacpp:requests_processing {there('busy-if'):d}\\n"
         body += f"llamacpp:n_decode_total {work}\\n"
+        if "mute" in told: body = ""
     elif head.startswith(b"POST "):
         say("asked", head.split()[1].decode(), rest.decode())
         if there("held-if"):

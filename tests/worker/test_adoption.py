@@ -3,28 +3,35 @@
 import asyncio
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 
+import httpx
 import pytest
 
 from gpustack.lib import platform
 from gpustack.lib.role import Leave
 from gpustack.lib.secrets import Secret
 from gpustack.schemas.instances import InstanceState
+from gpustack.worker.enrolment import load_membership
 from gpustack.worker.supervisor import adoption
 from gpustack.worker.supervisor.records import (
     HOME_VARIABLE,
     TOOL_HOME_VARIABLE,
     UID_VARIABLE,
+    Record,
     Records,
 )
 from tests.support.control_plane import ControlPlane, assigned, listening
 from tests.support.ports import free_ports
 from tests.support.worker_node import QUICK_LIMITS, Node, eventually
+
+#: Of this process namespace: the next process gets a number above it.
+LAST_PID = Path("/proc/sys/kernel/ns_last_pid")
 
 RUNNING, GONE = InstanceState.RUNNING, InstanceState.GONE
 
@@ -232,6 +239,79 @@ async def test_what_is_left_of_a_dead_engine_is_ended_before_its_instance_starts
         again = await plane.until_state(1, RUNNING, after=so_far)
         assert (again.pid != first.pid, again.restart_count) == (True, 1)
         assert [one.uid for one in Records(node.data_dir).all()] != [record.uid]
+
+
+async def test_what_is_left_of_a_dead_engine_is_shown_and_its_instance_waits(
+    node: Node, plane: ControlPlane
+) -> None:
+    async with node.agent(leave=Leave.ORPHANED):
+        await plane.assign(assigned(1, node.spec("stubborn away")))
+        first = await plane.until_state(1, RUNNING)
+    assert first.pid
+    kill_child(first.pid)
+    (left,) = node.engines()
+    membership = load_membership(node.data_dir)
+    assert membership is not None
+    bearer = {"Authorization": f"Bearer {membership.agent_secret}"}
+    listener = socket.create_server(("127.0.0.1", 0))
+    url = f"http://127.0.0.1:{listener.getsockname()[1]}/v2/engines"
+    so_far = len(plane.reports)
+    async with (
+        node.agent(
+            leave=Leave.ORPHANED, limits=replace(QUICK_LIMITS, stop_s=60), listener=listener
+        ),
+        httpx.AsyncClient(headers=bearer, trust_env=False) as http,
+    ):
+        (shown,) = (await http.get(url)).json()
+        seen = (shown["instance_id"], shown["phase"], shown["instance_name"])
+        assert seen == (1, "ending", plane.instances[1].name)
+        assert node.engines() == [left]
+        os.kill(left, signal.SIGKILL)
+        await plane.until_state(1, RUNNING, after=so_far)
+        (shown,) = (await http.get(url)).json()
+        assert shown["phase"] == "running"
+
+
+@pytest.mark.skipif(not LAST_PID.exists(), reason="only Linux lets pids begin anew")
+def test_of_an_engine_without_a_pid_its_first_process_is_found_whatever_its_number(
+    node: Node,
+) -> None:
+    records = Records(node.data_dir)
+    marks = {UID_VARIABLE: "u1", HOME_VARIABLE: str(node.data_dir)}
+    environment = {**os.environ, **marks}
+
+    def process() -> "subprocess.Popen[bytes]":
+        return subprocess.Popen(["sleep", "60"], env=environment, start_new_session=True)
+
+    with process() as first:
+        time.sleep(0.02)  # start times count hundredths of seconds
+        try:
+            LAST_PID.write_text(str(max(1, first.pid - 100)))
+        except OSError:
+            first.kill()
+            pytest.skip("only root lets pids begin anew")
+        with process() as child:
+            records.put(
+                Record(
+                    uid="u1",
+                    instance_id=1,
+                    instance_name="m-1",
+                    generation=1,
+                    port=1,
+                    argv=[],
+                    secret_file="",
+                    log_file="",
+                    health_path="/",
+                    busy_gauges=[],
+                    boot_id=platform.boot_id(),
+                )
+            )
+            (alive,) = adoption.find(records).alive
+            first.kill()
+            child.kill()
+    if child.pid > first.pid:
+        pytest.skip("every smaller number is taken")
+    assert alive.pid == first.pid
 
 
 async def test_a_node_that_stops_ends_what_is_left_of_dead_engines_too(

@@ -1,5 +1,6 @@
 """What is read from workers themselves: engines' logs, and what runs there."""
 
+import asyncio
 import re
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
@@ -8,7 +9,13 @@ from typing import TYPE_CHECKING, Annotated
 
 from fastapi import APIRouter, Query
 from fastapi.responses import StreamingResponse
-from pydantic import AwareDatetime, StringConstraints
+from pydantic import (
+    AwareDatetime,
+    StringConstraints,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+)
 
 from gpustack.errors import BadRequest, NotFound, Unavailable, raises
 from gpustack.lib.units import seconds
@@ -30,8 +37,30 @@ router = APIRouter(route_class=Repeated)
 DEFAULT_TAIL = 1000
 #: A longer time ago than any log; workers take no more digits.
 _EVER_S = 1e10
+#: For a worker to begin its answer, seconds: it may have to look for its lines from the end of a
+#: gigabyte. A worker that hangs must not keep who asks, nor the asking, for ever.
+BEGINS_S = 20.0
+#: The same for more of an answer that has an end.
+GOES_ON_S = 60.0
 
-Duration = Annotated[str, StringConstraints(pattern=r"^([0-9]{1,9}(\.[0-9]{1,3})?[smhd]?){1,4}$")]
+
+def _want(what: str) -> WrapValidator:
+    """Say what is wanted instead of why each of the possible types is not what was given."""
+
+    def validate(value: object, handler: ValidatorFunctionWrapHandler) -> object:
+        try:
+            return handler(value)
+        except ValidationError:
+            raise ValueError(f"want {what}, got {str(value)[:40]!r}") from None
+
+    return WrapValidator(validate)
+
+
+# A number alone is seconds, of at most nine digits: with ten it is a time, as Unix counts them.
+_NUMBER = r"[0-9]{1,9}(\.[0-9]{1,3})?"
+Duration = Annotated[
+    str, StringConstraints(pattern=rf"^(({_NUMBER}[smhd]){{1,4}}({_NUMBER})?|{_NUMBER})$")
+]
 Tail = Annotated[
     int | None,
     Query(
@@ -43,10 +72,12 @@ Tail = Annotated[
 ]
 Previous = Annotated[
     bool | Annotated[int, Query(ge=0, le=10**6)],
+    _want("true, false or how many runs back"),
     Query(description="The run before the present one; a number counts back further."),
 ]
 Since = Annotated[
     AwareDatetime | Duration | None,
+    _want("a time such as 2026-01-31T12:00:00Z or a duration such as 10m"),
     Query(description="What was written after a time (RFC 3339), or in the last `10m`."),
 ]
 Download = Annotated[bool, Query(description="All of it, to be kept as a file.")]
@@ -77,10 +108,15 @@ async def read_instance_logs(
     if since is not None:
         query["since"] = f"{_ago_s(since):.3f}"
     stack = AsyncExitStack()
-    # A followed log may be silent for hours.
-    asking = asked(worker, "GET", f"/v2/logs/{instance_id}", gate=gate, query=query, read_s=None)
+    # A followed log may be silent for hours, once it has begun.
+    read_s, path = None if follow else GOES_ON_S, f"/v2/logs/{instance_id}"
+    asking = asked(worker, "GET", path, gate=gate, query=query, read_s=read_s)
     try:
-        answer = await stack.enter_async_context(asking)
+        async with asyncio.timeout(BEGINS_S):
+            answer = await stack.enter_async_context(asking)
+    except TimeoutError:
+        why = f"it has not begun to answer within {BEGINS_S:g} s"
+        raise Unavailable(f"worker {worker.name} cannot be reached: {why}") from None
     except NotFound:
         if not previous and (why := _not_started(instance)):
             raise NotFound(f"instance {instance.name} has no log yet: {why}") from None
@@ -107,8 +143,10 @@ async def _placed(db: Database, instance_id: int) -> tuple[tables.Instance, tabl
 
 
 def _not_started(instance: tables.Instance) -> str:
-    """Why its engine has said nothing yet, or nothing."""
+    """Why its engine has said nothing yet; "" if it has been started."""
     state = InstanceState(instance.reported_state or InstanceState.SCHEDULED)
+    if state in (InstanceState.STARTING, InstanceState.RUNNING):
+        return ""
     why = instance.state_message.partition("\n")[0]
     if state is InstanceState.ERROR and why:
         return why

@@ -75,11 +75,15 @@ def find(records: Records) -> Found:
 
 def _leader(record: Record, groups: set[int]) -> Record | None:
     """A record without a pid, with the engine's first process in it; None: there is none."""
-    if record.pid is not None:
+    started = [
+        (ticks, pid)
+        for pid in groups
+        if (ticks := platform.start_ticks(pid))
+        and platform.process_environment(pid).get(UID_VARIABLE) == record.uid
+    ]
+    if record.pid is not None or not started:
         return None
-    for pid in sorted(groups):
-        ticks = platform.start_ticks(pid)
-        if ticks and platform.process_environment(pid).get(UID_VARIABLE) == record.uid:
-            started = {"pid": pid, "start_ticks": ticks, "boot_id": platform.boot_id()}
-            return record.model_copy(update=started)
-    return None
+    # Not by their numbers: these begin anew one day, and a child may have the smaller one.
+    ticks, pid = min(started)
+    first = {"pid": pid, "start_ticks": ticks, "boot_id": platform.boot_id()}
+    return record.model_copy(update=first)

@@ -52,20 +52,36 @@ async def ask(
         try:
             writer.write(head.encode() + content)
             status = _status(await reader.readline())
-            rest = b""
-            while len(rest) < at_most and (piece := await reader.read(65536)):
-                rest += piece
+            answer = b""
+            if at_most:
+                length = await _length(reader)
+                wanted = at_most if length is None else min(length, at_most)
+                while len(answer) < wanted and (piece := await reader.read(65536)):
+                    answer += piece
         except ValueError as error:  # a line without an end
             raise ConnectionError("this is no HTTP") from error
         finally:
             writer.close()
             with contextlib.suppress(OSError):
                 await writer.wait_closed()
-    return Answer(status, rest.partition(b"\r\n\r\n")[2])
+    return Answer(status, answer)
+
+
+async def _length(reader: asyncio.StreamReader) -> int | None:
+    """Read the head to its end; what it says of the body's length.
+
+    Some servers keep the connection whatever they are asked: its end alone would never come.
+    """
+    length = None
+    while (line := await reader.readline()).strip():
+        name, _, value = line.partition(b":")
+        if name.strip().lower() == b"content-length":
+            length = int(value)
+    return length
 
 
 def _status(line: bytes) -> int:
-    words = line.split(b" ", 2)
+    words = line.split(maxsplit=2)
     if len(words) < 2 or not words[0].startswith(b"HTTP/1.") or not words[1].isdigit():
         raise ConnectionError("no answer" if not line else "this is no HTTP")
     return int(words[1])

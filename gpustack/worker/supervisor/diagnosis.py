@@ -7,8 +7,9 @@ Sources of the words are in tests/worker/supervisor/test_diagnosis.py, with the 
 """
 
 import re
-import signal
 from typing import Final, NamedTuple
+
+from gpustack.lib import platform
 
 #: Enough of a log's end for a Python traceback of several processes to be in it whole.
 TAIL_BYTES: Final = 65536
@@ -179,10 +180,10 @@ _OUT_OF_MEMORY: Final = (
 )
 #: By the signal that ended it. A shell that ran it says 128 more.
 _SIGNALS: Final = {
-    signal.SIGKILL: "perhaps the kernel did so because memory ran out: dmesg on the worker says so",
-    signal.SIGILL: "this CPU lacks instructions that the engine was built for (AVX2, perhaps); use "
+    "SIGKILL": "perhaps the kernel did so because memory ran out: dmesg on the worker says so",
+    "SIGILL": "this CPU lacks instructions that the engine was built for (AVX2, perhaps); use "
     "a build for it, or show the virtual machine the host's CPU",
-    signal.SIGBUS: "a file that it had mapped became shorter or cannot be read, or /dev/shm is "
+    "SIGBUS": "a file that it had mapped became shorter or cannot be read, or /dev/shm is "
     "full; look at the worker's disks, and fetch the model again",
 }
 
@@ -193,10 +194,11 @@ def explain(text: str, *, code: int | None = None, oom_killed: bool | None = Non
     Args:
         text: the end of its log, without control characters.
         code: its exit code; negative for a signal.
-        oom_killed: whether the kernel says that it ended a process for lack of memory just then;
-            None: it says nothing.
+        oom_killed: whether the kernel says that it ended a process for lack of memory just then,
+            the engine's or another's; None: it says nothing.
     """
-    if oom_killed:
+    ended_by = "" if code is None else platform.signal_name(-code if code < 0 else code - 128)
+    if oom_killed and ended_by == "SIGKILL":
         return _OUT_OF_MEMORY
     for pattern, meaning in SIGNS:
         found = None
@@ -204,7 +206,8 @@ def explain(text: str, *, code: int | None = None, oom_killed: bool | None = Non
             found = match  # the last one is about the end
         if found is not None:
             return meaning.format(next(filter(None, found.groups()), ""))
-    number = None if code is None else -code if code < 0 else code - 128
-    if number == signal.SIGKILL and oom_killed is not None:
+    if oom_killed:
+        return _OUT_OF_MEMORY  # of one of its processes, in all likelihood: the log knows no more
+    if ended_by == "SIGKILL" and oom_killed is not None:
         return None  # the kernel counts, and it was not that
-    return _SIGNALS.get(signal.Signals(number)) if number in set(signal.Signals) else None
+    return _SIGNALS.get(ended_by)

@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import os
-import signal
 import subprocess
 from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, replace
@@ -192,13 +191,14 @@ class Engine:
         self._oom_kills = (platform.oom_kills(),) * 2
         try:
             failure = await self._until_over(record, secret, child)
+            if failure is not None:
+                failure = self._explained(failure, record, secret)
         except asyncio.CancelledError:
             raise  # let go
         except BaseException:
             await self._end(record, child)
+            self._records.remove(record.uid)
             raise
-        if failure is not None:
-            failure = self._explained(failure, record, secret)
         # An early exit may turn out to be about a port only: that is no news for anybody.
         shown = None if failure and _may_be_port(failure) else failure
         self._see(phase=Phase.ENDING, failure=shown)
@@ -259,7 +259,8 @@ class Engine:
         if child is None:
             how = "exited with an unknown code: an earlier agent had started it"
         elif code is not None and code < 0:
-            how = f"was ended by signal {-code} ({signal.Signals(-code).name})"
+            name = platform.signal_name(-code)
+            how = f"was ended by signal {-code}" + (f" ({name})" if name else "")
         else:
             how = f"exited with code {code}"
         return Failure(Trouble.EXITED, f"the engine {how}{when}", code=code, ran_s=ran_s)

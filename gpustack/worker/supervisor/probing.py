@@ -201,7 +201,7 @@ def reason(body: bytes, *, secret: str = "") -> str:
         said = json.loads(body)
         error = said.get("error", said)
         text = error if isinstance(error, str) else error.get("message") or error.get("detail")
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, RecursionError):
         text = body[: 4 * REASON_CHARS].decode(errors="replace")
     line = " ".join(plain(str(text or "")).split())
     return (line.replace(secret, "********") if secret else line)[:REASON_CHARS]

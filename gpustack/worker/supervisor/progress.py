@@ -1,5 +1,6 @@
 """Whether the requests that an engine has make progress, by its own metrics."""
 
+import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -29,13 +30,15 @@ async def read_metrics(port: int, secret: Secret) -> bytes:
 def values(metrics: bytes, names: Iterable[str]) -> dict[str, float]:
     """PURE: of a Prometheus text, name -> the sum of its lines; a name that is not there has none.
 
-    Light: the text is not taken apart, since it is read for each of 64 engines all the time.
+    A line without a finite number is no line. Light: the text is not taken apart, since it is read
+    for each of 64 engines all the time.
     """
     found: dict[str, float] = {}
     if pattern := _pattern(tuple(names)):
-        for name, number in pattern.findall(metrics):
-            key = name.decode()
-            found[key] = found.get(key, 0.0) + float(number)
+        for name, text in pattern.findall(metrics):
+            if math.isfinite(number := float(text)):
+                key = name.decode()
+                found[key] = found.get(key, 0.0) + number
     return found
 
 
@@ -44,8 +47,8 @@ def _pattern(names: tuple[str, ...]) -> re.Pattern[bytes] | None:
     if not names:
         return None
     any_name = b"|".join(re.escape(name.encode()) for name in names)
-    number = rb"([-+]?(?:[0-9][0-9.]*(?:[eE][-+]?[0-9]+)?|Inf|NaN))"
-    return re.compile(rb"^(" + any_name + rb")(?:\{[^\n]*?\})?[ \t]+" + number + rb"\b", re.M)
+    number = rb"([-+]?[0-9]+(?:\.[0-9]*)?(?:[eE][-+]?[0-9]+)?)(?=\s|$)"
+    return re.compile(rb"^(" + any_name + rb")(?:\{[^\n]*?\})?[ \t]+" + number, re.M)
 
 
 @dataclass(frozen=True, slots=True)

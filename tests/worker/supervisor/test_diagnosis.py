@@ -289,3 +289,14 @@ def test_signals_speak_where_the_log_does_not(
 ) -> None:
     said = explain("nothing that is known", code=code, oom_killed=oom_killed)
     assert (said is None) if says is None else (says in (said or ""))
+
+
+def test_what_the_log_says_of_itself_counts_before_what_the_kernel_did_to_somebody() -> None:
+    """Where a control group is not the engine's own, the kernel counts the whole machine's."""
+    text = "error: invalid argument: --ctx-siz"
+    said = explain(text, code=1, oom_killed=True)
+    assert said is not None
+    assert said.startswith("it does not know the argument --ctx-siz")
+    killed = explain(text, code=-9, oom_killed=True)
+    assert killed is not None
+    assert killed.startswith("the kernel ended a process")

@@ -1,5 +1,6 @@
 import asyncio
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -175,6 +176,25 @@ async def test_an_engine_that_is_to_drain_is_ended_once_it_has_no_request_left(
     assert bench.left() == []
 
 
+@pytest.mark.skipif(platform.connections_to(1) is None, reason="this system does not say it")
+async def test_an_engine_that_does_not_say_what_it_has_is_drained_by_its_connections(
+    bench: Bench,
+) -> None:
+    engine = bench.another(replace(QUICK, hear_s=0.01))
+    log = log_path(bench.folder / "log", 1)
+    async with asyncio.TaskGroup() as group:
+        owner = group.create_task(engine.start(bench.plan(fake="mute"), 0))
+        await eventually(lambda: bench.phase() is Phase.RUNNING)
+        assert engine.observed.port is not None
+        _, client = await asyncio.open_connection("127.0.0.1", engine.observed.port)
+        engine.ask_to_drain()
+        await eventually(lambda: log.read_text().count("metrics\n") >= 4)
+        assert bench.phase() is Phase.RUNNING
+        client.close()
+    assert owner.result() is None
+    assert bench.left() == []
+
+
 @pytest.mark.parametrize("told", [Engine.ask_to_stop, None])
 async def test_draining_ends_when_it_takes_too_long_or_the_engine_must_stop_now(
     bench: Bench, told: Callable[[Engine], None] | None
@@ -277,6 +297,14 @@ async def test_the_exit_code_of_an_engine_is_known(bench: Bench) -> None:
     assert failure is not None
     assert (failure.trouble, failure.code, failure.ran_s) == (Trouble.EXITED, 7, None)
     assert failure.sentence == "the engine exited with code 7 before it answered"
+
+
+async def test_a_signal_without_a_name_is_told_by_its_number(bench: Bench) -> None:
+    says = "import os, signal; os.kill(os.getpid(), signal.SIGRTMIN + 1)"
+    failure = await bench.engine.start(bench.plan(sys.executable, "-c", says), 0)
+    assert failure is not None
+    assert re.fullmatch(r"the engine was ended by signal \d+ before it answered", failure.sentence)
+    assert bench.left() == []
 
 
 async def test_words_about_a_port_in_the_log_are_not_believed(bench: Bench) -> None:

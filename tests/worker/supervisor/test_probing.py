@@ -57,6 +57,7 @@ def test_what_an_answer_says_of_the_engine(status: int, body: bytes, verdict: Ve
         (b"", ""),
         (b"key s3cret is wrong", "key ******** is wrong"),
         (b"x" * 5000, "x" * 300),
+        (b"[" * 60_000, "[" * 300),
     ],
 )  # fmt: skip
 def test_an_engines_reason_is_one_short_line_without_its_secret(body: bytes, said: str) -> None:

@@ -13,6 +13,8 @@ from gpustack.worker.supervisor.progress import Progress, Sample, values
         (b'busy{to="x"} 4 # {trace="1"} 1\n', {"busy": 4}),
         (b"busy\nbusy many\nbusy_total 3\n xbusy 4\n", {}),
         (b"busy\t0\r\nlate 1.25e+03\n", {"busy": 0, "late": 1250}),
+        (b"busy 1.2.3\nlate NaN\n", {}),
+        (b"busy +Inf\nbusy 1e999\nlate 5.\nlate 7", {"late": 12}),
     ],
 )
 def test_metrics_are_found_by_their_names(metrics: bytes, found: dict[str, float]) -> None:
