@@ -241,6 +241,20 @@ async def test_a_head_larger_than_the_limit_is_a_431(step: int) -> None:
         await client.close()
 
 
+@pytest.mark.parametrize("before", [b"0\r\nX: ", b"3;"])
+async def test_a_trailer_without_end_is_not_collected(before: bytes) -> None:
+    """The parser keeps a field until it is whole."""
+    head = b"POST / HTTP/1.1\r\n" + HOST + b"Transfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n"
+    async with serving() as served:
+        client = await Client.to(served.port)
+        client.send(head + before)
+        for _ in range(100):
+            client.send(b"a" * 5000)
+            await asyncio.sleep(0)
+        assert (await client.reply()).status == 431
+        await client.close()
+
+
 async def test_a_head_below_the_limit_passes_however_it_is_split() -> None:
     head = b"GET / HTTP/1.1\r\n" + HOST + b"X: " + b"a" * 60_000 + b"\r\n\r\n"
     async with serving() as served:
