@@ -373,6 +373,7 @@ class Connection(asyncio.Protocol):
         self.queue.clear()
         self.server.forget(self)
         if transport is None or transport.is_closing():
+            protocol.connection_lost(None)
             return
         transport.write(head)
         transport.set_protocol(protocol)
@@ -424,6 +425,9 @@ class Connection(asyncio.Protocol):
             self._transport.write(piece)
 
     def switch(self, protocol: asyncio.Protocol, head: bytes) -> None:
+        if self._transport is None:
+            protocol.connection_lost(None)
+            return
         self._next = (protocol, head)
         self.answered()
 

@@ -223,6 +223,40 @@ async def test_a_broken_tunnel_breaks_its_streams_and_comes_back(tmp_path: Path)
             assert gate.outstanding(5) == 0
 
 
+@pytest.mark.parametrize("proxy_mode", ["tunnel", "direct"])
+async def test_requests_wait_for_a_tunnel_that_is_about_to_come(
+    tmp_path: Path, proxy_mode: str
+) -> None:
+    """When a gateway process has just begun, and when a relay has just been started anew."""
+    async with watch_server() as server, running() as engine:
+        fill(server, proxy_mode=proxy_mode)
+        async with gateway(tmp_path, server.port, awaited_s=30.0) as gate:
+            for _ in range(2):
+                asked = asyncio.ensure_future(gate.chat())
+                await asyncio.sleep(0.05)  # time enough for an answer that did not wait
+                assert not asked.done()
+                async with dialling(tmp_path / "worker", gate.port, engine):
+                    assert (await asked).status == 200
+                await has_tunnel(gate, there=False)
+
+
+async def test_a_tunnel_is_waited_for_so_long_and_no_longer(tmp_path: Path) -> None:
+    async with watch_server() as server, running() as engine:
+        fill(server)
+        async with gateway(tmp_path, server.port, awaited_s=0.3) as gate:
+            assert (await gate.chat()).status == 503
+            async with dialling(tmp_path / "worker", gate.port, engine):
+                await has_tunnel(gate)
+            await has_tunnel(gate, there=False)
+            assert gate.tunnels.awaited(2)
+
+            async def given_up() -> bool:
+                return not gate.tunnels.awaited(2)
+
+            await eventually(given_up, "nobody waits any more")
+            assert (await gate.chat()).status == 503
+
+
 async def test_tunnels_come_about_without_the_server(tmp_path: Path) -> None:
     """A gateway that starts from its snapshot knows the workers' credentials."""
     async with watch_server() as server, gateway(tmp_path, server.port) as gate:
