@@ -29,8 +29,9 @@ TUNNELS_OF_A_WORKER: Final = 4
 _JUST_S: Final = 10.0
 #: A relay that is started anew, or that looks for a new gateway process, has a tunnel within two.
 AWAITED_S: Final = 3.0
-#: No name of a host: what connections through tunnels have as their address's.
-_HOST: Final = "a worker's tunnel"
+#: No name of a host, nor can a worker give it as its own: what connections through tunnels have as
+#: their address's.
+_HOST: Final = "a tunnel.."
 
 
 def tunnel_to(worker_id: int) -> Address:

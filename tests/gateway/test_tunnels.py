@@ -10,6 +10,7 @@ from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
 from gpustack.config import load
 from gpustack.forward.connection import Connection
@@ -19,10 +20,11 @@ from gpustack.forward.upstream import Pool
 from gpustack.gateway.dial_out import DialOut
 from gpustack.gateway.relay import Engines, Relay
 from gpustack.gateway.tls import Certificate
-from gpustack.gateway.tunnels import TUNNELS_OF_A_WORKER
+from gpustack.gateway.tunnels import TUNNELS_OF_A_WORKER, tunnel_to
 from gpustack.lib import trust
 from gpustack.lib.platform import listen, write_private
 from gpustack.schemas import wire
+from gpustack.schemas.workers import Registration
 from gpustack.worker.certificate import OwnCertificate
 from tests.gateway.test_relay import write_record
 from tests.support.data_plane import KEY, Gateway, gateway
@@ -145,6 +147,14 @@ async def test_each_process_behind_one_address_gets_a_tunnel_and_a_new_one_too(
         gates[1].tunnels.close()
         await has_tunnel(gates[1], there=False)
         await has_tunnel(gates[1])
+
+
+def test_no_worker_can_say_that_it_is_reached_by_anothers_tunnel() -> None:
+    host, port = tunnel_to(2)
+    with pytest.raises(ValidationError, match="ip"):
+        Registration(
+            name="w", machine_id="m", boot_id="b", run_id="r", ip=host, port=port, version=""
+        )
 
 
 def upgrade(secret: str, **more: str) -> dict[str, str]:
