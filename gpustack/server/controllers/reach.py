@@ -9,14 +9,14 @@ from gpustack.schemas.workers import ProxyMode
 from gpustack.server.db.database import Database, find
 from gpustack.server.db.tables import Worker
 
-#: Workers that are dialled at a time: those that do not answer take the whole time-out. So 600 that
+#: Workers that are dialled at a time: those that do not answer take the whole time-out. So 400 that
 #: never do are dialled as often as they should, and a new one among them has its turn soon.
 AT_ONCE: Final = 64
 #: How long a port is tried alike before that counts: a relay that is started anew is no firewall.
 AFTER_S: Final = 10.0
 #: Until a worker is dialled again: one whose port answers; one whose port does not; one of which
 #: it has just changed.
-WELL_S, TUNNELLED_S, AGAIN_S = 60.0, 30.0, 5.0
+WELL_S, TUNNELLED_S, AGAIN_S = 60.0, 20.0, 5.0
 _DIAL_S: Final = 3.0
 
 #: Host, port and certificate.
