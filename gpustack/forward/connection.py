@@ -88,7 +88,7 @@ class Connection(asyncio.Protocol):
         self._headers: Headers = []
         self._in_head = False
         self._head_size = 0  # bytes of the fields that the parser has handed over
-        self._fed = 0  # bytes read since the head's first read
+        self._fed = 0  # bytes read since the head's first read, or the last of the body's
         self._upgrade: bytes | None = None
         self._switching = False  # what follows the request is another protocol's
         self._next: tuple[asyncio.Protocol, bytes] | None = None  # to whom, after which bytes
@@ -151,11 +151,10 @@ class Connection(asyncio.Protocol):
     def _parse(self, chunk: bytes) -> bytes | None:
         """Give `chunk` to the parser. Answers what it left for another protocol, if it did."""
         self._feeding = True
-        began_before = self._in_head
+        self._fed += len(chunk)
         try:
             self._parser.feed_data(chunk)
-            if began_before and self._in_head:  # one field that never ends
-                self._fed += len(chunk)
+            if self._in_head or self.incoming is not None:  # one field that never ends
                 self._count(0)
         except httptools.HttpParserUpgrade as stop:
             return chunk[stop.args[0] :]
@@ -202,7 +201,7 @@ class Connection(asyncio.Protocol):
     def _count(self, size: int) -> None:
         self._head_size += size
         if max(self._head_size, self._fed) > self.server.limits.head_bytes:
-            raise HttpError(431, "the request's head is too large")
+            raise HttpError(431, "the request's head, or what follows its body, is too large")
 
     def on_headers_complete(self) -> None:
         self._in_head = False
@@ -271,6 +270,7 @@ class Connection(asyncio.Protocol):
         exchange = self.incoming
         if exchange is None:
             return  # of a request whose upgrade is refused: read again by `_without_upgrade`
+        self._fed = 0
         self.deadline = self.server.now() + self.server.limits.body_s
         self._unread -= len(chunk)
         if exchange.finished:
@@ -373,6 +373,7 @@ class Connection(asyncio.Protocol):
         self.queue.clear()
         self.server.forget(self)
         if transport is None or transport.is_closing():
+            protocol.connection_lost(None)
             return
         transport.write(head)
         transport.set_protocol(protocol)
@@ -424,6 +425,9 @@ class Connection(asyncio.Protocol):
             self._transport.write(piece)
 
     def switch(self, protocol: asyncio.Protocol, head: bytes) -> None:
+        if self._transport is None:
+            protocol.connection_lost(None)
+            return
         self._next = (protocol, head)
         self.answered()
 

@@ -184,7 +184,10 @@ class Exchange:
         self.respond(error.status, [*said, *(headers or ())], body)
 
     def switch(self, protocol: asyncio.Protocol, headers: Headers) -> None:
-        """Answer with 101, where it `upgrades`: the connection is `protocol`'s from now on."""
+        """Answer with 101, where it `upgrades`: the connection is `protocol`'s from now on.
+
+        One that is gone by now is lost to `protocol` at once.
+        """
         lines = [b"HTTP/1.1 101 Switching Protocols\r\n", b"connection: upgrade\r\n"]
         lines += [b"%b: %b\r\n" % pair for pair in headers]
         self.status, self.finished = 101, True

@@ -84,14 +84,15 @@ class Tunnel(asyncio.Protocol):
         self._out_bytes = 0
         self._heard_at = 0.0
         self._timer: asyncio.TimerHandle | None = None
-        self._closed_there = False  # the other end takes no new streams
+        self._said = self._told = False  # this end, the other has said that it is about to go
         self.leaving = False
         self.left = asyncio.Event()
 
     @property
     def usable(self) -> bool:
         """Whether streams can be opened here."""
-        return self._transport is not None and not self.over and not self._closed_there
+        takes = self._accept is None and not self._told
+        return self._transport is not None and not self.over and takes
 
     def open(self, protocol: asyncio.Protocol) -> None:
         """Open a stream; `protocol` has it when this returns.
@@ -111,8 +112,8 @@ class Tunnel(asyncio.Protocol):
         One that opens streams may do so until it ends. One that accepts them gets no more once
         `left` is set, and the tunnel ends with the last of those that there are.
         """
-        if not self.leaving and not self.over:
-            self.leaving = True
+        if not self._said and not self.over:
+            self.leaving = self._said = True
             self.send(LEAVING, 0)
             self._changed(self)
 
@@ -209,8 +210,7 @@ class Tunnel(asyncio.Protocol):
         elif kind == LEAVING:
             self._told_leaving()
         elif kind == LEFT:
-            self.left.set()
-            self._end_if_left()
+            self._told_left()
         elif kind != ALIVE:
             raise Broken(f"a frame of kind {kind}")
 
@@ -225,11 +225,18 @@ class Tunnel(asyncio.Protocol):
         protocol.connection_made(stream)
 
     def _told_leaving(self) -> None:
-        self.leaving = True
+        if self._told:  # it is answered, so that many would fill our memory
+            raise Broken("an end that leaves twice")
+        self.leaving = self._told = True
         if self._accept is None:
-            self._closed_there = True
             self.send(LEFT, 0)
         self._changed(self)
+
+    def _told_left(self) -> None:
+        if self._accept is None or not self._said:
+            raise Broken("an answer to what was not said")
+        self.left.set()
+        self._end_if_left()
 
     def _end_if_left(self) -> None:
         if self.left.is_set() and not self._streams and self._transport is not None:

@@ -55,6 +55,7 @@ class Connection(asyncio.Protocol):
         self._status = 0
         self._headers: Headers = []
         self._head_bytes = 0
+        self._unsaid_bytes = 0
         self._in_head = True
         self._pieces: list[bytes] = []
         self._received = False
@@ -115,8 +116,12 @@ class Connection(asyncio.Protocol):
             self.drop()
             return
         self._received = True
+        self._unsaid_bytes += len(data)
         try:
             self._parser.feed_data(data)
+            if self._unsaid_bytes > _HEAD_BYTES:  # a field without end, which the parser collects
+                self._fail()
+                return
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
             if not self._complete:
                 self._fail()
@@ -181,6 +186,7 @@ class Connection(asyncio.Protocol):
     # --- httptools -----------------------------------------------------------------------
 
     def on_message_begin(self) -> None:
+        self._unsaid_bytes = 0
         if self._complete:  # a second answer to one request
             self._reusable = False
             raise HttpError(502, "an answer that nobody asked for")
@@ -189,6 +195,7 @@ class Connection(asyncio.Protocol):
         self._in_head = True
 
     def on_header(self, name: bytes, value: bytes) -> None:
+        self._unsaid_bytes = 0
         if not self._in_head:
             return  # a trailer
         self._head_bytes += len(name) + len(value or b"")
@@ -212,6 +219,7 @@ class Connection(asyncio.Protocol):
             self._until_eof = True
 
     def on_body(self, piece: bytes) -> None:
+        self._unsaid_bytes = 0
         if not self._complete:
             self._pieces.append(piece)
 

@@ -54,7 +54,7 @@ def pass_to_agent(plane: Plane, exchange: Exchange, below: str) -> Receiver:
         plane.part(exchange, "gateway")
         if not (worker_id.isdecimal() and worker_id.isascii()) or not slash or secret is None:
             raise NotFound("want a worker's id, a path, and its agent's secret")
-        if not plane.tunnels.has(int(worker_id)):
+        if not (plane.tunnels.has(int(worker_id)) or plane.tunnels.awaited(int(worker_id))):
             raise Unavailable("It has no tunnel to this server.")
     except GPUStackError as error:
         exchange.respond_error(error)

@@ -42,8 +42,9 @@ _KEPT_BACK: Final = frozenset(
     }
 ).union(FORWARDING)
 _NOT_SENT: Final = (_PRIVATE, b"x-forwarded")  # nor is it the engine's business who asks
-#: Which pages may read an answer is the gateway's to say; engines let any. Nor is `server` told.
-_NOT_ANSWERED: Final = (_PRIVATE, b"access-control-")
+#: Which pages may read an answer is the gateway's to say; engines let any. Nor may an engine, or
+#: who has a worker, put a browser's session in another's place. Nor is `server` told.
+_NOT_ANSWERED: Final = (_PRIVATE, b"access-control-", b"set-cookie", b"clear-site-data")
 
 
 class Inference:

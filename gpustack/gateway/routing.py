@@ -191,7 +191,9 @@ def _by_tunnel(worker: Worker, tunnels: Tunnels) -> bool:
     """Whether requests go through a tunnel: the worker says so, or nobody could dial it."""
     if worker.proxy_mode == "tunnel":
         return True
-    return worker.reached_by == "tunnel" and tunnels.has(worker.id)
+    if worker.reached_by != "tunnel":
+        return False
+    return tunnels.has(worker.id) or tunnels.awaited(worker.id)
 
 
 def not_ready(tables: Tables, model: Model) -> str:

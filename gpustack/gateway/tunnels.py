@@ -27,8 +27,11 @@ logger = logging.getLogger(__name__)
 TUNNELS_OF_A_WORKER: Final = 4
 #: A relay dials several times at once: it has been given a tunnel and does not know it yet.
 _JUST_S: Final = 10.0
-#: No name of a host: what connections through tunnels have as their address's.
-_HOST: Final = "a worker's tunnel"
+#: A relay that is started anew, or that looks for a new gateway process, has a tunnel within two.
+AWAITED_S: Final = 3.0
+#: No name of a host, nor can a worker give it as its own: what connections through tunnels have as
+#: their address's.
+_HOST: Final = "a tunnel.."
 
 
 def tunnel_to(worker_id: int) -> Address:
@@ -51,15 +54,25 @@ class _Held:
 class Tunnels:
     """Opens streams to workers over the tunnels that there are.
 
+    Requests wait for a tunnel that is surely about to come: when a worker has just lost its last
+    one, and when this process has just begun.
+
     Args:
         me: this process.
+        awaited_s: for how long they do.
 
     Attributes:
         changed: called when a worker got its first tunnel, or has none any more.
     """
 
-    def __init__(self, me: Process) -> None:
+    def __init__(self, me: Process, *, awaited_s: float = AWAITED_S) -> None:
         self.me = me
+        self._awaited_s = awaited_s
+        self._loop = asyncio.get_running_loop()
+        self._began_at = self._loop.time()
+        self._lost_at: dict[int, float] = {}  # by worker
+        self._news = asyncio.Event()
+        self._timer = self._loop.call_later(awaited_s, self._await_no_more)
         self.changed: Callable[[], None] = lambda: None
         self._of: dict[int, list[_Held]] = {}  # by worker; the newest is last
         self._draining = False
@@ -68,17 +81,38 @@ class Tunnels:
         """Whether requests to the worker can go through a tunnel now."""
         return any(held.tunnel.usable for held in self._of.get(worker_id, ()))
 
+    def awaited(self, worker_id: int) -> bool:
+        """Whether there is no tunnel to the worker, but should be in a moment."""
+        return not self.has(worker_id) and self._left_s(worker_id) > 0
+
+    def _left_s(self, worker_id: int) -> float:
+        """How long a tunnel to the worker is waited for from now on."""
+        since = self._lost_at.get(worker_id, self._began_at)
+        return since + self._awaited_s - self._loop.time()
+
+    def _await_no_more(self) -> None:
+        """One worker's time is over, perhaps: requests to it may take another way."""
+        self._lost_at = {each: at for each, at in self._lost_at.items() if self._left_s(each) > 0}
+        if self._lost_at:
+            next_s = max(min(map(self._left_s, self._lost_at)), 0.1)
+            self._timer = self._loop.call_later(next_s, self._await_no_more)
+        self.changed()
+
     def door(self, address: Address) -> Door | None:
         """How connections to `tunnel_to` a worker are made."""
         if not is_tunnel(address):
             return None
 
         async def enter(protocol: asyncio.Protocol) -> None:
-            for held in reversed(self._of.get(address[1], ())):
+            worker_id = address[1]
+            while (left_s := self._left_s(worker_id)) > 0 and not self.has(worker_id):
+                async with asyncio.timeout(left_s):
+                    await self._news.wait()
+            for held in reversed(self._of.get(worker_id, ())):
                 if held.tunnel.usable:
                     held.tunnel.open(protocol)
                     return
-            raise ConnectionRefusedError(f"worker {address[1]} has no tunnel to this process")
+            raise ConnectionRefusedError(f"worker {worker_id} has no tunnel to this process")
 
         return enter
 
@@ -117,6 +151,9 @@ class Tunnels:
                 worker_id,
             )
         exchange.switch(tunnel, [(b"upgrade", PROTOCOL), *said])
+        self._lost_at.pop(worker_id, None)
+        self._news.set()
+        self._news = asyncio.Event()
         self.changed()
 
     def _moved(self, worker_id: int, tunnel: Tunnel) -> None:
@@ -127,6 +164,10 @@ class Tunnels:
                 self._of[worker_id] = left
             else:
                 self._of.pop(worker_id, None)
+        if not self.has(worker_id) and worker_id not in self._lost_at:
+            if not self._lost_at and self._loop.time() >= self._began_at + self._awaited_s:
+                self._timer = self._loop.call_later(self._awaited_s, self._await_no_more)
+            self._lost_at[worker_id] = self._loop.time()
         self.changed()
 
     def end_withdrawn(self, tables: Tables) -> None:
@@ -144,6 +185,7 @@ class Tunnels:
 
     def close(self) -> None:
         """End all tunnels and their streams."""
+        self._timer.cancel()
         for held in self._all():
             held.tunnel.abort()
 

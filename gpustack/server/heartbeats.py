@@ -29,11 +29,13 @@ class Heartbeats:
         runs: the run of each worker that the database is known to have.
         facts: what each worker has, as far as the database is known to have it.
         tunnels: whether requests get to each worker by tunnel, as far as that is known.
+        forgotten: counts how often something was: what was read before holds no more.
     """
 
     def __init__(self) -> None:
         self.runs: dict[int, str] = {}
         self.tunnels: dict[int, bool] = {}
+        self.forgotten = 0
         self.facts: dict[int, dict[str, object]] = {}
         self._heard: dict[int, float] = {}
         self._unwritten: dict[int, dict[str, Any]] = {}
@@ -58,6 +60,7 @@ class Heartbeats:
 
     def forget(self, worker_id: int) -> None:
         """The worker's row has changed: what is known of it has to be read again."""
+        self.forgotten += 1
         self.runs.pop(worker_id, None)
         self.tunnels.pop(worker_id, None)
         self.facts.pop(worker_id, None)

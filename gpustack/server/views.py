@@ -393,7 +393,7 @@ def worker_view(row: tables.Worker, leaving: Sequence[Leaving] = ()) -> Worker:
     elif row.unreached and row.proxy_mode != ProxyMode.TUNNEL:
         message = (
             f"it cannot be reached at {url_host(row.ip)}:{row.port} from the server "
-            f"({row.unreached}); requests go through its tunnel"
+            f"({row.unreached}); requests go through the tunnel that its relay opens"
         )
     return Worker.model_validate(
         row.model_dump(

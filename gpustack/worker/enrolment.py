@@ -157,8 +157,13 @@ class Enrolment:
         known = self.membership
         if known is None or known.tunnel == tunnel:
             return
-        self.membership = known.model_copy(update={"tunnel": tunnel})
-        save_membership(self._data_dir, self.membership)
+        now = known.model_copy(update={"tunnel": tunnel})
+        try:
+            save_membership(self._data_dir, now)
+        except OSError as error:  # a full disk, perhaps: the next heartbeat says it again
+            logger.warning("the relay cannot be told how requests get here: %s", error)
+            return
+        self.membership = now
         logger.info("the server %s this worker's port", "cannot reach" if tunnel else "reaches")
 
     def client(self, credential: str) -> AgentClient:

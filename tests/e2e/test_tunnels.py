@@ -18,7 +18,7 @@ from openai import OpenAIError
 from tests.e2e.conftest import MakeNode
 from tests.support.hosts import NETWORK, Host, hosts, lacking
 from tests.support.node import Node
-from tests.support.streams import Stream, client, running_streams
+from tests.support.streams import Stream, client, load, running_streams
 from tests.support.wait import eventually, soon
 
 pytestmark = pytest.mark.slow
@@ -124,6 +124,30 @@ async def test_tunnels_come_back_when_the_relay_or_a_gateway_died(
     made = server.log.read_text().count(MADE)
     soon(lambda: server.log.read_text().count(MADE) > made, "the new process's", within_s=30)
     await serves(server, key)
+
+
+async def test_requests_and_streams_go_on_while_the_nodes_are_replaced(
+    server: Node, worker: Node, key: str
+) -> None:
+    async with (
+        running_streams(server, key, MODEL, 2, max_tokens=150),
+        load(server, key, MODEL, 2) as failures,
+    ):
+        for node in (server, worker):
+            await replaced(node)
+    assert failures == []
+
+
+async def replaced(node: Node) -> None:
+    """As `gpustack restart` does it."""
+    before = node.said()["life"]
+    assert node.process is not None
+    node.process.send_signal(signal.SIGUSR2)
+
+    async def other() -> bool:
+        return node.said().get("life") not in {None, before}
+
+    await eventually(other, "a new launcher took its place", within_s=40)
 
 
 async def test_with_the_server_away_known_models_are_served_and_tunnels_made(

@@ -241,6 +241,62 @@ async def test_a_head_larger_than_the_limit_is_a_431(step: int) -> None:
         await client.close()
 
 
+class Other(asyncio.Protocol):
+    """A protocol that a connection was to be handed to."""
+
+    lost = False
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.lost = True
+
+
+@pytest.mark.parametrize("gone", [False, True])
+async def test_a_connection_that_ends_before_it_switches_is_lost_to_its_new_protocol(
+    gone: bool,
+) -> None:
+    asked: list[Exchange] = []
+
+    def app(exchange: Exchange) -> Receiver:
+        asked.append(exchange)
+        return IGNORED
+
+    server, sock = Server(app, upgrade=b"other"), listen("127.0.0.1", 0)
+    await server.listen(sock)
+    client = await Client.to(sock.getsockname()[1])
+    client.send(b"GET / HTTP/1.1\r\n" + HOST + b"Connection: upgrade\r\nUpgrade: other\r\n\r\n")
+
+    async def came() -> bool:
+        return bool(asked)
+
+    await eventually(came, "the request")
+    next(iter(server.connections)).abort()
+    if gone:
+
+        async def forgotten() -> bool:
+            return not server.connections
+
+        await eventually(forgotten, "the connection's end")
+    other = Other()
+    asked[0].switch(other, [])
+    assert other.lost
+    server.close()
+    await client.close()
+
+
+@pytest.mark.parametrize("before", [b"0\r\nX: ", b"3;"])
+async def test_a_trailer_without_end_is_not_collected(before: bytes) -> None:
+    """The parser keeps a field until it is whole."""
+    head = b"POST / HTTP/1.1\r\n" + HOST + b"Transfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n"
+    async with serving() as served:
+        client = await Client.to(served.port)
+        client.send(head + before)
+        for _ in range(100):
+            client.send(b"a" * 5000)
+            await asyncio.sleep(0)
+        assert (await client.reply()).status == 431
+        await client.close()
+
+
 async def test_a_head_below_the_limit_passes_however_it_is_split() -> None:
     head = b"GET / HTTP/1.1\r\n" + HOST + b"X: " + b"a" * 60_000 + b"\r\n\r\n"
     async with serving() as served:

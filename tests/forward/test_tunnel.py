@@ -260,6 +260,25 @@ async def test_a_gateway_that_leaves_says_so_and_serves_on() -> None:
         await has(end, 8)
 
 
+async def test_both_ends_may_leave() -> None:
+    """A worker that stops while a gateway is being replaced gets no more requests from it."""
+    async with pair() as both:
+        here, _ = await both.stream()
+        both.gateway.leave()
+
+        async def told() -> bool:
+            return both.relay.leaving
+
+        await eventually(told, "the relay looks for another")
+        both.relay.leave()
+        async with asyncio.timeout(10):
+            await both.relay.left.wait()
+        with pytest.raises(ConnectionRefusedError):
+            both.open()
+        here.transport.close()
+        await is_lost(here)
+
+
 async def test_an_idle_tunnel_lives_and_a_silent_one_is_given_up() -> None:
     async with pair(beat_s=0.05) as both:
         await asyncio.sleep(0.5)  # more than three times what a silent one would get
@@ -286,6 +305,8 @@ def frame(kind: int, number: int, payload: bytes = b"", length: int | None = Non
         frame(99, 1),
         frame(0, 0),
         frame(2, 1, length=FRAME_BYTES + 1),
+        frame(7, 0) * 2,  # each would be answered, and nobody reads the answers
+        frame(8, 0),  # to what nobody said
         frame(3, 1, b"xx"),
         frame(3, 1, struct.pack(">I", 1)),  # for what was never sent
         frame(2, 1, b"x" * FRAME_BYTES) * (WINDOW_BYTES // FRAME_BYTES + 1),

@@ -174,6 +174,20 @@ async def test_what_two_readers_could_read_differently_is_no_answer(head: bytes)
         assert not sink.heads
 
 
+@pytest.mark.parametrize(
+    ("before", "failure"),
+    [
+        (OK, Failure.LOST),
+        (OK + b"Transfer-Encoding: chunked\r\n\r\n2\r\nhe\r\n0\r\n", Failure.BROKEN),
+    ],
+)
+async def test_a_field_without_end_is_not_collected(before: bytes, failure: Failure) -> None:
+    """The parser keeps a field until it is whole."""
+    async with running(saying([before + b"X: ", *[b"a" * 60_000] * 10])) as engine:
+        async with pooled() as pool:
+            assert (await ask(pool, engine)).failure is failure
+
+
 async def test_how_far_a_call_came_is_known() -> None:
     async with pooled() as pool, running() as engine:
         engine.answer = saying([OK + b"Content-Length: 5\r\n\r\nhe"], close=True)

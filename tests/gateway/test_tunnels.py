@@ -10,6 +10,7 @@ from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
 from gpustack.config import load
 from gpustack.forward.connection import Connection
@@ -19,10 +20,11 @@ from gpustack.forward.upstream import Pool
 from gpustack.gateway.dial_out import DialOut
 from gpustack.gateway.relay import Engines, Relay
 from gpustack.gateway.tls import Certificate
-from gpustack.gateway.tunnels import TUNNELS_OF_A_WORKER
+from gpustack.gateway.tunnels import TUNNELS_OF_A_WORKER, tunnel_to
 from gpustack.lib import trust
 from gpustack.lib.platform import listen, write_private
 from gpustack.schemas import wire
+from gpustack.schemas.workers import Registration
 from gpustack.worker.certificate import OwnCertificate
 from tests.gateway.test_relay import write_record
 from tests.support.data_plane import KEY, Gateway, gateway
@@ -147,6 +149,14 @@ async def test_each_process_behind_one_address_gets_a_tunnel_and_a_new_one_too(
         await has_tunnel(gates[1])
 
 
+def test_no_worker_can_say_that_it_is_reached_by_anothers_tunnel() -> None:
+    host, port = tunnel_to(2)
+    with pytest.raises(ValidationError, match="ip"):
+        Registration(
+            name="w", machine_id="m", boot_id="b", run_id="r", ip=host, port=port, version=""
+        )
+
+
 def upgrade(secret: str, **more: str) -> dict[str, str]:
     asked = {"Connection": "upgrade", "Upgrade": PROTOCOL.decode()}
     return asked | {"Authorization": f"Bearer {secret}"} | more
@@ -221,6 +231,40 @@ async def test_a_broken_tunnel_breaks_its_streams_and_comes_back(tmp_path: Path)
                 assert DONE in (await stream).body
             await has_tunnel(gate)
             assert gate.outstanding(5) == 0
+
+
+@pytest.mark.parametrize("proxy_mode", ["tunnel", "direct"])
+async def test_requests_wait_for_a_tunnel_that_is_about_to_come(
+    tmp_path: Path, proxy_mode: str
+) -> None:
+    """When a gateway process has just begun, and when a relay has just been started anew."""
+    async with watch_server() as server, running() as engine:
+        fill(server, proxy_mode=proxy_mode)
+        async with gateway(tmp_path, server.port, awaited_s=30.0) as gate:
+            for _ in range(2):
+                asked = asyncio.ensure_future(gate.chat())
+                await asyncio.sleep(0.05)  # time enough for an answer that did not wait
+                assert not asked.done()
+                async with dialling(tmp_path / "worker", gate.port, engine):
+                    assert (await asked).status == 200
+                await has_tunnel(gate, there=False)
+
+
+async def test_a_tunnel_is_waited_for_so_long_and_no_longer(tmp_path: Path) -> None:
+    async with watch_server() as server, running() as engine:
+        fill(server)
+        async with gateway(tmp_path, server.port, awaited_s=0.3) as gate:
+            assert (await gate.chat()).status == 503
+            async with dialling(tmp_path / "worker", gate.port, engine):
+                await has_tunnel(gate)
+            await has_tunnel(gate, there=False)
+            assert gate.tunnels.awaited(2)
+
+            async def given_up() -> bool:
+                return not gate.tunnels.awaited(2)
+
+            await eventually(given_up, "nobody waits any more")
+            assert (await gate.chat()).status == 503
 
 
 async def test_tunnels_come_about_without_the_server(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Whether the server can dial a worker's port, and who is told when it cannot."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -8,11 +9,13 @@ from typing import Any
 import pytest
 
 from gpustack.forward.exchange import IGNORED, Exchange, Receiver
-from gpustack.forward.listener import Server
+from gpustack.forward.listener import Server, asynchronous
 from gpustack.gateway.tls import Certificate
 from gpustack.lib.platform import listen
 from gpustack.schemas.wire import WORKER_CERTIFICATE_FILE
 from gpustack.server.controllers.reach import AGAIN_S, TUNNELLED_S, WELL_S, Reach, unreached
+from gpustack.server.db.database import Database, ReadSession, get
+from gpustack.server.db.tables import Worker
 from gpustack.worker.certificate import OwnCertificate
 from tests.server.conftest import FakeAgent, Plane, registration
 from tests.support.ports import free_ports
@@ -79,6 +82,71 @@ async def test_one_failure_changes_nothing_and_explicit_tunnels_are_not_dialled(
     its = (await admin.get(f"/v2/workers/{worker}")).json()
     assert (its["proxy_mode"], its["reached_by"]) == ("tunnel", "tunnel")
     assert "cannot be reached" not in its["state_message"]
+
+
+async def test_a_dead_address_is_not_said_of_the_new_one(plane: Plane, tmp_path: Path) -> None:
+    """The worker says its new address while the old one is being dialled."""
+    port, pem = free_ports(1), OwnCertificate(tmp_path, "w").pem
+    agent, admin = await plane.worker(), await plane.admin()
+    await announce(agent, port, pem)
+    reach = Reach(plane.db, after_s=0.0)
+
+    async def move(exchange: Exchange) -> None:
+        await announce(agent, port, pem, ip="127.0.0.2")
+        exchange.respond(404)
+
+    file = tmp_path / WORKER_CERTIFICATE_FILE
+    async with asyncio.TaskGroup() as group:
+        server = Server(asynchronous(move, group))
+        await server.listen(listen("127.0.0.1", port), tls=Certificate(file, file).context)
+        await reach.reconcile(agent.id)
+        server.close()
+    its = (await admin.get(f"/v2/workers/{agent.id}")).json()
+    assert (its["ip"], its["reached_by"], its["state_message"]) == ("127.0.0.2", "direct", "")
+
+
+async def test_a_new_address_has_time_of_its_own(plane: Plane, tmp_path: Path) -> None:
+    port, pem = free_ports(1), OwnCertificate(tmp_path, "w").pem
+    agent, admin = await plane.worker(), await plane.admin()
+    await announce(agent, port, pem)
+    reach = Reach(plane.db, after_s=0.05)
+    assert await reach.reconcile(agent.id) == AGAIN_S
+    await announce(agent, port, pem, ip="127.0.0.2")
+    await asyncio.sleep(0.1)
+    assert await reach.reconcile(agent.id) == AGAIN_S
+    assert (await admin.get(f"/v2/workers/{agent.id}")).json()["reached_by"] == "direct"
+
+
+class Overtaken:
+    """A database whose first reader is overtaken by a writer."""
+
+    def __init__(self, db: Database, worker_id: int) -> None:
+        self._db = db
+        self._worker_id: int | None = worker_id
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._db, name)
+
+    @asynccontextmanager
+    async def read(self) -> AsyncIterator[ReadSession]:
+        async with self._db.read() as session:
+            yield session
+        worker_id, self._worker_id = self._worker_id, None
+        if worker_id is not None:
+            async with self._db.write() as writer:
+                (await get(writer, Worker, worker_id)).unreached = "timed out"
+
+
+async def test_a_heartbeat_that_a_change_overtakes_remembers_nothing(plane: Plane) -> None:
+    agent = await plane.worker()
+    beat = {"machine_id": "machine-w1", "boot_id": "boot", "run_id": "run"}
+    path, db = f"/v2/workers/{agent.id}/heartbeat", plane.db
+    # Who asks is known from here on, so that the next reader is the heartbeat's.
+    assert (await agent.http.put(path, json=beat | {"run_id": "other"})).status_code == 409
+    plane.app.state.db = Overtaken(db, agent.id)
+    assert (await agent.http.put(path, json=beat)).status_code == 200
+    plane.app.state.db = db
+    assert (await agent.http.put(path, json=beat)).json() == {"tunnel": True}
 
 
 async def test_the_heartbeats_answer_says_whether_to_dial(plane: Plane, tmp_path: Path) -> None:

@@ -69,16 +69,18 @@ async def gateway(
     trusted_proxies: Sequence[str] = (),
     server_patience_s: float = 10.0,
     place: tuple[int, int] = (0, 1),
+    awaited_s: float = 0.0,
 ) -> AsyncIterator[Gateway]:
     """A gateway with local worker 1. `ready`: wait until it has the server's tables.
 
     Args:
         place: its index, and how many processes its node has.
+        awaited_s: for how long requests wait for a tunnel that is about to come.
     """
     write_private(data_dir / "worker_credential", '{"worker_id": 1, "credential": "x"}')
     address = ("127.0.0.1", api_port)
     disk = Disk(data_dir / "gateway_snapshot.json")
-    tunnels = Tunnels(Process("node", new_secret(), *place))
+    tunnels = Tunnels(Process("node", new_secret(), *place), awaited_s=awaited_s)
     routing = Routing(Counts.private(), data_dir / "worker_credential", tunnels)
     tunnels.changed = routing.changed
     withdrawals = Withdrawals()
@@ -90,7 +92,7 @@ async def gateway(
         disk.changed()
 
     async with asyncio.TaskGroup() as group:
-        pool = Pool(group, connect_timeout_s=1.0, doors=tunnels.door)
+        pool = Pool(group, connect_timeout_s=max(1.0, awaited_s), doors=tunnels.door)
         tables = disk.load() if from_disk else None
         watch = Watch(pool, address, "gateway-secret", tables=tables, changed=changed)
         delivery = Delivery(pool, address, "gateway-secret", spool, data_dir / "usage")

@@ -288,7 +288,9 @@ async def beat(
 ) -> Heard:
     """Still there. 409 when another machine uses the same credential."""
     _own(worker, worker_id)
-    if body.run_id != heartbeats.runs.get(worker_id):
+    tunnel = heartbeats.tunnels.get(worker_id)
+    if tunnel is None or body.run_id != heartbeats.runs.get(worker_id):
+        before = heartbeats.forgotten
         async with db.read() as session:
             row = await get(session, tables.Worker, worker_id)
         if body.run_id != row.run_id:
@@ -296,10 +298,11 @@ async def beat(
                 f"worker {row.name} is already running as another process (machine "
                 f"{row.machine_id}): two machines must not share a data directory or a copy of it"
             )
-        heartbeats.runs[worker_id] = row.run_id
-        heartbeats.tunnels[worker_id] = by_tunnel(row)
+        tunnel = by_tunnel(row)
+        if heartbeats.forgotten == before:  # else the row may be another by now
+            heartbeats.runs[worker_id], heartbeats.tunnels[worker_id] = row.run_id, tunnel
     heartbeats.heard(worker_id)
-    return Heard(tunnel=heartbeats.tunnels.get(worker_id, False))
+    return Heard(tunnel=tunnel)
 
 
 @router.put("/{worker_id}/status", status_code=204)

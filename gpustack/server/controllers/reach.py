@@ -9,14 +9,18 @@ from gpustack.schemas.workers import ProxyMode
 from gpustack.server.db.database import Database, find
 from gpustack.server.db.tables import Worker
 
-#: Workers that are dialled at a time: those that do not answer take the whole time-out.
-AT_ONCE: Final = 16
+#: Workers that are dialled at a time: those that do not answer take the whole time-out. So 400 that
+#: never do are dialled as often as they should, and a new one among them has its turn soon.
+AT_ONCE: Final = 64
 #: How long a port is tried alike before that counts: a relay that is started anew is no firewall.
 AFTER_S: Final = 10.0
 #: Until a worker is dialled again: one whose port answers; one whose port does not; one of which
 #: it has just changed.
-WELL_S, TUNNELLED_S, AGAIN_S = 60.0, 10.0, 5.0
+WELL_S, TUNNELLED_S, AGAIN_S = 60.0, 20.0, 5.0
 _DIAL_S: Final = 3.0
+
+#: Host, port and certificate.
+Place = tuple[str, int, str]
 
 
 class Reach:
@@ -25,7 +29,8 @@ class Reach:
     def __init__(self, db: Database, *, after_s: float = AFTER_S, again_s: float = AGAIN_S) -> None:
         self._db = db
         self._after_s, self._again_s = after_s, again_s
-        self._since: dict[int, float] = {}  # when it first was other than what is written
+        #: Where and when it first was other than what is written.
+        self._since: dict[int, tuple[Place, float]] = {}
 
     async def reconcile(self, key: int) -> float | None:
         async with self._db.read() as session:
@@ -33,24 +38,31 @@ class Reach:
         if worker is None or worker.silent or not worker.certificate:
             self._since.pop(key, None)
             return None  # whatever changes that is a change of its row
+        place = worker.ip, worker.port, worker.certificate
         if worker.proxy_mode == ProxyMode.TUNNEL:
-            await self._write(key, "")
+            await self._write(key, "", place)
             return None
-        why = await unreached(worker.ip, worker.port, worker.certificate)
+        why = await unreached(*place)
         if bool(why) == bool(worker.unreached):
             self._since.pop(key, None)
             return TUNNELLED_S if why else WELL_S
         now = asyncio.get_running_loop().time()
-        if now - self._since.setdefault(key, now) < self._after_s:
+        where, since = self._since.get(key, (place, now))
+        if where != place:
+            since = now
+        self._since[key] = place, since
+        if now - since < self._after_s:
             return self._again_s
-        await self._write(key, why)
+        await self._write(key, why, place)
         del self._since[key]
         return TUNNELLED_S if why else WELL_S
 
-    async def _write(self, key: int, why: str) -> None:
+    async def _write(self, key: int, why: str, place: Place) -> None:
         async with self._db.write() as session:
             worker = await find(session, Worker, key)
-            if worker is not None and worker.unreached != why:
+            if worker is None or (worker.ip, worker.port, worker.certificate) != place:
+                return  # it has moved meanwhile, which is a change of its row
+            if worker.unreached != why:
                 worker.unreached = why
 
 
