@@ -10,7 +10,7 @@ from typing import Any
 
 import httpx
 import pytest
-from sqlmodel import select
+from sqlmodel import col, select
 
 from gpustack.schemas import wire
 from gpustack.server.db import tables
@@ -356,6 +356,32 @@ async def test_watchers_of_a_worker_see_its_drain_to_the_end(
         await drained(admin, one)
     gone = select(tables.Change.revision).where(
         tables.Change.kind == wire.INSTANCES, tables.Change.object_id == old
+    )
+    async with plane.db.read() as session:
+        worker = await session.get_one(tables.Worker, one.id)
+        assert worker.revision >= max((await session.exec(gone)).all())
+
+
+async def test_watchers_of_a_worker_see_what_is_given_up_once_it_is_lost(
+    plane: Plane, admin: httpx.AsyncClient
+) -> None:
+    one = await plane.worker("one")
+    async with working(one):
+        path = await deploy(admin, replicas=1)
+    await schedule(admin, one, "drain")
+    plane.app.state.heartbeats._heard.pop(one.id)
+    async with plane.db.write() as session:
+        row = await get(session, tables.Worker, one.id)
+        row.heartbeat_at = None
+        await set_silent(session, row, silent=True)
+    await admin.delete(path)
+    await stuck(admin, one, "it is to end, but its worker is silent")
+    async with plane.db.write() as session:
+        row = await get(session, tables.Worker, one.id)
+        await set_silent(session, row, silent=True, lost=True)
+    await drained(admin, one)
+    gone = select(tables.Change.revision).where(
+        tables.Change.kind == wire.INSTANCES, col(tables.Change.deleted)
     )
     async with plane.db.read() as session:
         worker = await session.get_one(tables.Worker, one.id)

@@ -314,6 +314,33 @@ async def test_grace_counts_as_silence_does_and_not_while_no_server_looked(plane
     assert (back.silent, back.lost) == (False, False)
 
 
+async def test_a_database_whose_clock_was_set_back_hides_no_silence(plane: Plane) -> None:
+    agent = await plane.worker()
+    plane.app.state.heartbeats._heard.clear()
+    controller = Workers(plane.db, Heartbeats(), Patience(timedelta(seconds=0.5)))
+    controller._began -= 60
+    ahead = datetime.now(UTC) + timedelta(hours=1)
+
+    async def says() -> None:  # to another server
+        async with plane.db.write() as session:
+            its = update(tables.Worker).where(col(tables.Worker.id) == agent.id)
+            await session.exec(its.values(heartbeat_at=ahead))
+
+    async def is_silent() -> bool:
+        again_s = await controller.reconcile(ALL)
+        assert again_s is not None
+        assert again_s < 10
+        async with plane.db.read() as session:
+            return (await session.get_one(tables.Worker, agent.id)).silent
+
+    await says()
+    assert not await is_silent()
+    await eventually(is_silent, "it is silent")
+    ahead += timedelta(seconds=1)
+    await says()
+    assert not await is_silent()
+
+
 async def test_the_end_of_the_grace_period_is_written_once_and_again_when_the_option_changes(
     plane: Plane,
 ) -> None:

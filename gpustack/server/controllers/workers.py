@@ -63,6 +63,7 @@ class Workers:
         self._heartbeats = heartbeats
         self._began = monotonic()
         self._silent_from: dict[int, float] = {}
+        self._ahead: dict[int, tuple[datetime, float]] = {}
         self._patience = patience or Patience()
 
     async def reconcile(self, key: int) -> float | None:
@@ -75,7 +76,7 @@ class Workers:
             database_now = (await session.exec(select(clock()))).one()
         again_s = []
         for worker_id, was_silent, was_lost, grace_ends_at, heartbeat_at in workers:
-            since_written = None if heartbeat_at is None else database_now - heartbeat_at
+            since_written = self._since_written(worker_id or 0, heartbeat_at, database_now)
             now = self._judged(worker_id or 0, since_written, silent=was_silent, lost=was_lost)
             end = None
             if now.silent and not now.lost:
@@ -86,6 +87,20 @@ class Workers:
                 await self._mark(worker_id or 0, now, end)
             again_s.append(now.due_s)
         return min(again_s, default=None)
+
+    def _since_written(
+        self, worker_id: int, heartbeat_at: datetime | None, database_now: datetime
+    ) -> timedelta | None:
+        """Since it spoke to any server, as far as that is written; None: it never did."""
+        if heartbeat_at is None or heartbeat_at <= database_now:
+            self._ahead.pop(worker_id, None)
+            return None if heartbeat_at is None else database_now - heartbeat_at
+        # The database's clock was set back: what counts is when this was seen first.
+        at, seen = self._ahead.get(worker_id, (None, 0.0))
+        if at != heartbeat_at:
+            seen = monotonic()
+            self._ahead[worker_id] = (heartbeat_at, seen)
+        return timedelta(seconds=monotonic() - seen)
 
     def _judged(
         self, worker_id: int, since_written: timedelta | None, *, silent: bool, lost: bool
