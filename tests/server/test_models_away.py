@@ -228,6 +228,24 @@ async def away_for_good(plane: Plane, agent: FakeAgent) -> None:
         await set_silent(session, worker, silent=True, lost=True)
 
 
+async def test_what_is_made_beside_a_lost_one_of_a_drained_worker_is_not_made_for_the_drain(
+    plane: Plane, admin: httpx.AsyncClient
+) -> None:
+    old, agent, new, other = await replaced(plane, admin)
+    for state in ("starting", "running"):
+        await other.say(new["id"], state)
+    await admin.post(f"/v2/workers/{agent.id}/drain", json={})
+    await admin.patch(f"/v2/models/{old['model_id']}", json={"replicas": 2})
+
+    async def third() -> list[int]:
+        return [o["id"] for o in await listed(admin) if o["id"] not in {old["id"], new["id"]}]
+
+    (more,) = await eventually(third, "there is one more")
+    events = (await admin.get("/v2/events", params={"object_id": more})).json()["items"]
+    (why,) = [e["message"] for e in events if e["object_id"] == more and e["type"] == "created"]
+    assert why == "the model wants 2 instances"
+
+
 async def test_with_its_worker_a_replaced_one_goes_and_its_successor_stays(
     plane: Plane, admin: httpx.AsyncClient
 ) -> None:

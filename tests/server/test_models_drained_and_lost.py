@@ -11,6 +11,7 @@ from gpustack.server.controllers.rolling import (
     Facts,
     Phase,
     Plan,
+    Remove,
     Room,
     needs_room,
     plan_roll,
@@ -82,8 +83,12 @@ class World(lost.World):
     # --- what the controllers do -----------------------------------------------------------
 
     def act(self) -> bool:
-        plan = self.plan()
+        plan, before = self.plan(), self.running()
+        to_leave = {one.id for one in self.copies() if one.leaving}
+        goes = {s.id for s in plan.steps if isinstance(s, Remove) and s.rival is None} & to_leave
         did = super().act()
+        if goes & before:
+            assert len(self.running()) >= min(len(before), self.replicas), "it made room"
         if any(isinstance(step, Add) for step in plan.steps):
             assert self.groups() <= self.replicas + 1, plan
         return did
@@ -179,7 +184,8 @@ class World(lost.World):
         for row in self.rows.values():
             machine = self.machines.get(row.worker or 0)
             assert not (row.deleting and machine and machine.lost)
-            assert row.replaced_by is None or row.lost or self.phase(row) is P.AWAY or away
+            if row.replaced_by is not None and not row.lost:  # which of them stays is not known
+                assert away or self.rows[row.replaced_by].lost
         if len(stays) < len(kept):
             assert plan.why or away, "what is to leave is there, and nobody says why"
 
