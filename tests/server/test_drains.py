@@ -330,6 +330,28 @@ async def test_what_was_on_a_worker_that_falls_silent_is_made_elsewhere_all_the_
             await drained(admin, one)
 
 
+async def test_what_is_lost_itself_is_said_to_take_nobodys_place(
+    plane: Plane, admin: httpx.AsyncClient
+) -> None:
+    one, two = await plane.worker("one"), await plane.worker("two")
+    async with working(one, two):
+        path = await deploy(admin, replicas=2)
+    assert await places(admin) == {one.id: 1, two.id: 1}
+    async with plane.db.write() as session:
+        on_two = select(tables.Instance).where(tables.Instance.worker_id == two.id)
+        (await session.exec(on_two)).one().reported_state = "starting"
+        await session.flush()
+        for agent in (one, two):
+            plane.app.state.heartbeats._heard.pop(agent.id)
+            row = await get(session, tables.Worker, agent.id)
+            row.heartbeat_at = None
+            await set_silent(session, row, silent=True, lost=True)
+    async with working(await plane.worker("three")):
+        await rolled(admin, path)
+    await schedule(admin, one, "drain")
+    await stuck(admin, one, "its worker is silent")
+
+
 async def test_an_instance_with_a_part_on_the_worker_is_moved_as_a_whole(
     plane: Plane, admin: httpx.AsyncClient
 ) -> None:
