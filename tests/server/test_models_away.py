@@ -1,7 +1,9 @@
 """Workers that fall silent, and what becomes of what is on them, over the real API and database."""
 
+import asyncio
 import re
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from time import monotonic
 from typing import Any
 
@@ -21,7 +23,8 @@ from gpustack.server.db.database import get
 from gpustack.server.db.workers import set_silent
 from gpustack.server.heartbeats import Heartbeats
 from gpustack.server.views import Audience, load_ids
-from tests.server.conftest import FakeAgent, Plane, registration
+from tests.server.conftest import FakeAgent, Plane, Start, registration
+from tests.server.test_leases import on_shared
 from tests.support.wait import eventually
 
 MODEL = {"name": "tiny", "source": "local_path", "local_path": "/models/tiny.gguf"}
@@ -276,6 +279,30 @@ async def test_an_instance_is_replaced_when_any_worker_of_it_is_lost(
     assert (await shown(admin, old["id"]))["replaced_by"] == new["id"]
     await first.say(old["id"], "error", state_message="a part is missing")
     await until(admin, old["id"], "stopping")
+
+
+@on_shared
+async def test_nothing_is_placed_on_a_worker_while_it_is_marked_as_lost(
+    start: Start, tmp_path: Path
+) -> None:
+    """It would not be lost, nor ever answer."""
+    leader, other = await start(tmp_path / "a"), await start(tmp_path / "b")
+    admin, agent = await leader.admin(), await leader.worker()
+    made = await admin.post("/v2/models", json=MODEL | {"replicas": 0})
+    leader.app.state.heartbeats._heard.pop(agent.id)
+    async with other.db.write() as session:
+        row = await get(session, tables.Worker, agent.id)
+        row.heartbeat_at = LONG_AGO
+        await set_silent(session, row, silent=True, lost=True)
+        await session.flush()
+        await admin.patch(f"/v2/models/{made.json()['id']}", json={"replicas": 1})
+        await asyncio.sleep(1)  # it is being placed where the worker is in reach yet
+
+    async def decided() -> Any:
+        (one,) = await listed(admin)
+        return one if one["worker_id"] or "silent" in str(one["reasons"]) else None
+
+    assert (await eventually(decided, "it has a place, or none"))["state"] == "pending"
 
 
 # --- whose clock it is -----------------------------------------------------------------------
