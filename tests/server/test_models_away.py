@@ -17,7 +17,7 @@ from gpustack.schemas import instances as schemas
 from gpustack.schemas import model_files, wire, workers
 from gpustack.schemas.credentials import CredentialKind
 from gpustack.server import app
-from gpustack.server.controllers.workers import ALL, Patience, Workers
+from gpustack.server.controllers.workers import ALL, SOON_S, Patience, Workers
 from gpustack.server.db import tables
 from gpustack.server.db.database import get
 from gpustack.server.db.workers import set_silent
@@ -384,6 +384,28 @@ async def test_a_database_whose_clock_was_set_back_hides_no_silence(plane: Plane
     ahead += timedelta(seconds=1)
     await says()
     assert not await is_silent()
+
+
+async def test_what_is_heard_while_the_silent_are_looked_for_counts(
+    plane: Plane, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    agent = await plane.worker()
+    mark = Workers._mark
+
+    async def marked(self: Workers, *args: Any) -> bool:  # it speaks to another server right then
+        async with plane.db.write() as session:
+            its = update(tables.Worker).where(col(tables.Worker.id) == agent.id)
+            await session.exec(its.values(heartbeat_at=LONG_AGO))
+        return await mark(self, *args)
+
+    plane.app.state.heartbeats._heard.clear()
+    controller = Workers(plane.db, Heartbeats(), Patience(timedelta(0), timedelta(0)))
+    controller._began -= 60
+    monkeypatch.setattr(Workers, "_mark", marked)
+    assert await controller.reconcile(ALL) == SOON_S
+    async with plane.db.read() as session:
+        worker = await session.get_one(tables.Worker, agent.id)
+    assert (worker.silent, worker.lost) == (False, False)
 
 
 async def test_the_end_of_the_grace_period_is_written_once_and_again_when_the_option_changes(

@@ -83,9 +83,10 @@ class Workers:
                 end = database_now + now.left
                 if grace_ends_at is not None and abs(end - grace_ends_at) < SAME_END:
                     end = grace_ends_at
-            if (now.silent, now.lost, end) != (was_silent, was_lost, grace_ends_at):
-                await self._mark(worker_id or 0, now, end)
-            again_s.append(now.due_s)
+            is_news = (now.silent, now.lost, end) != (was_silent, was_lost, grace_ends_at)
+            seen = (was_silent, was_lost, heartbeat_at)
+            is_stale = is_news and not await self._mark(worker_id or 0, seen, now, end)
+            again_s.append(SOON_S if is_stale else now.due_s)
         return min(again_s, default=None)
 
     def _since_written(
@@ -127,9 +128,15 @@ class Workers:
         due_s = SILENT_AGAIN_S if lost else min(left.total_seconds(), SILENT_AGAIN_S)
         return _Judgement(silent=True, lost=lost, left=left, due_s=max(due_s, SOON_S))
 
-    async def _mark(self, worker_id: int, now: _Judgement, end: datetime | None) -> None:
+    async def _mark(
+        self, worker_id: int, seen: tuple[Any, ...], now: _Judgement, end: datetime | None
+    ) -> bool:
+        """Whether it was still as it was `seen`; what was heard of it since must not be undone."""
         async with self._db.write() as session:
             worker = await find(session, Worker, worker_id)
             if worker is None:
-                return
+                return True
+            if (worker.silent, worker.lost, worker.heartbeat_at) != seen:
+                return False
             await set_silent(session, worker, silent=now.silent, lost=now.lost, grace_ends_at=end)
+        return True
