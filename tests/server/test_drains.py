@@ -10,7 +10,7 @@ from typing import Any
 
 import httpx
 import pytest
-from sqlmodel import select
+from sqlmodel import col, select
 
 from gpustack.schemas import wire
 from gpustack.server.db import tables
@@ -330,6 +330,28 @@ async def test_what_was_on_a_worker_that_falls_silent_is_made_elsewhere_all_the_
             await drained(admin, one)
 
 
+async def test_what_is_lost_itself_is_said_to_take_nobodys_place(
+    plane: Plane, admin: httpx.AsyncClient
+) -> None:
+    one, two = await plane.worker("one"), await plane.worker("two")
+    async with working(one, two):
+        path = await deploy(admin, replicas=2)
+    assert await places(admin) == {one.id: 1, two.id: 1}
+    async with plane.db.write() as session:
+        on_two = select(tables.Instance).where(tables.Instance.worker_id == two.id)
+        (await session.exec(on_two)).one().reported_state = "starting"
+        await session.flush()
+        for agent in (one, two):
+            plane.app.state.heartbeats._heard.pop(agent.id)
+            row = await get(session, tables.Worker, agent.id)
+            row.heartbeat_at = None
+            await set_silent(session, row, silent=True, lost=True)
+    async with working(await plane.worker("three")):
+        await rolled(admin, path)
+    await schedule(admin, one, "drain")
+    await stuck(admin, one, "its worker is silent")
+
+
 async def test_an_instance_with_a_part_on_the_worker_is_moved_as_a_whole(
     plane: Plane, admin: httpx.AsyncClient
 ) -> None:
@@ -356,6 +378,32 @@ async def test_watchers_of_a_worker_see_its_drain_to_the_end(
         await drained(admin, one)
     gone = select(tables.Change.revision).where(
         tables.Change.kind == wire.INSTANCES, tables.Change.object_id == old
+    )
+    async with plane.db.read() as session:
+        worker = await session.get_one(tables.Worker, one.id)
+        assert worker.revision >= max((await session.exec(gone)).all())
+
+
+async def test_watchers_of_a_worker_see_what_is_given_up_once_it_is_lost(
+    plane: Plane, admin: httpx.AsyncClient
+) -> None:
+    one = await plane.worker("one")
+    async with working(one):
+        path = await deploy(admin, replicas=1)
+    await schedule(admin, one, "drain")
+    plane.app.state.heartbeats._heard.pop(one.id)
+    async with plane.db.write() as session:
+        row = await get(session, tables.Worker, one.id)
+        row.heartbeat_at = None
+        await set_silent(session, row, silent=True)
+    await admin.delete(path)
+    await stuck(admin, one, "it is to end, but its worker is silent")
+    async with plane.db.write() as session:
+        row = await get(session, tables.Worker, one.id)
+        await set_silent(session, row, silent=True, lost=True)
+    await drained(admin, one)
+    gone = select(tables.Change.revision).where(
+        tables.Change.kind == wire.INSTANCES, col(tables.Change.deleted)
     )
     async with plane.db.read() as session:
         worker = await session.get_one(tables.Worker, one.id)

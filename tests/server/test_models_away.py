@@ -1,7 +1,9 @@
 """Workers that fall silent, and what becomes of what is on them, over the real API and database."""
 
+import asyncio
 import re
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from time import monotonic
 from typing import Any
 
@@ -15,13 +17,14 @@ from gpustack.schemas import instances as schemas
 from gpustack.schemas import model_files, wire, workers
 from gpustack.schemas.credentials import CredentialKind
 from gpustack.server import app
-from gpustack.server.controllers.workers import ALL, Patience, Workers
+from gpustack.server.controllers.workers import ALL, SOON_S, Patience, Workers
 from gpustack.server.db import tables
 from gpustack.server.db.database import get
 from gpustack.server.db.workers import set_silent
 from gpustack.server.heartbeats import Heartbeats
 from gpustack.server.views import Audience, load_ids
-from tests.server.conftest import FakeAgent, Plane, registration
+from tests.server.conftest import FakeAgent, Plane, Start, registration
+from tests.server.test_leases import on_shared
 from tests.support.wait import eventually
 
 MODEL = {"name": "tiny", "source": "local_path", "local_path": "/models/tiny.gguf"}
@@ -228,6 +231,24 @@ async def away_for_good(plane: Plane, agent: FakeAgent) -> None:
         await set_silent(session, worker, silent=True, lost=True)
 
 
+async def test_what_is_made_beside_a_lost_one_of_a_drained_worker_is_not_made_for_the_drain(
+    plane: Plane, admin: httpx.AsyncClient
+) -> None:
+    old, agent, new, other = await replaced(plane, admin)
+    for state in ("starting", "running"):
+        await other.say(new["id"], state)
+    await admin.post(f"/v2/workers/{agent.id}/drain", json={})
+    await admin.patch(f"/v2/models/{old['model_id']}", json={"replicas": 2})
+
+    async def third() -> list[int]:
+        return [o["id"] for o in await listed(admin) if o["id"] not in {old["id"], new["id"]}]
+
+    (more,) = await eventually(third, "there is one more")
+    events = (await admin.get("/v2/events", params={"object_id": more})).json()["items"]
+    (why,) = [e["message"] for e in events if e["object_id"] == more and e["type"] == "created"]
+    assert why == "the model wants 2 instances"
+
+
 async def test_with_its_worker_a_replaced_one_goes_and_its_successor_stays(
     plane: Plane, admin: httpx.AsyncClient
 ) -> None:
@@ -258,6 +279,30 @@ async def test_an_instance_is_replaced_when_any_worker_of_it_is_lost(
     assert (await shown(admin, old["id"]))["replaced_by"] == new["id"]
     await first.say(old["id"], "error", state_message="a part is missing")
     await until(admin, old["id"], "stopping")
+
+
+@on_shared
+async def test_nothing_is_placed_on_a_worker_while_it_is_marked_as_lost(
+    start: Start, tmp_path: Path
+) -> None:
+    """It would not be lost, nor ever answer."""
+    leader, other = await start(tmp_path / "a"), await start(tmp_path / "b")
+    admin, agent = await leader.admin(), await leader.worker()
+    made = await admin.post("/v2/models", json=MODEL | {"replicas": 0})
+    leader.app.state.heartbeats._heard.pop(agent.id)
+    async with other.db.write() as session:
+        row = await get(session, tables.Worker, agent.id)
+        row.heartbeat_at = LONG_AGO
+        await set_silent(session, row, silent=True, lost=True)
+        await session.flush()
+        await admin.patch(f"/v2/models/{made.json()['id']}", json={"replicas": 1})
+        await asyncio.sleep(1)  # it is being placed where the worker is in reach yet
+
+    async def decided() -> Any:
+        (one,) = await listed(admin)
+        return one if one["worker_id"] or "silent" in str(one["reasons"]) else None
+
+    assert (await eventually(decided, "it has a place, or none"))["state"] == "pending"
 
 
 # --- whose clock it is -----------------------------------------------------------------------
@@ -312,6 +357,55 @@ async def test_grace_counts_as_silence_does_and_not_while_no_server_looked(plane
     assert (await look(plane, agent.id, led_for=minutes[0])).lost  # it has said nothing since
     back = await look(plane, agent.id, led_for=minutes[6], quiet_for=minutes[0])
     assert (back.silent, back.lost) == (False, False)
+
+
+async def test_a_database_whose_clock_was_set_back_hides_no_silence(plane: Plane) -> None:
+    agent = await plane.worker()
+    plane.app.state.heartbeats._heard.clear()
+    controller = Workers(plane.db, Heartbeats(), Patience(timedelta(seconds=0.5)))
+    controller._began -= 60
+    ahead = datetime.now(UTC) + timedelta(hours=1)
+
+    async def says() -> None:  # to another server
+        async with plane.db.write() as session:
+            its = update(tables.Worker).where(col(tables.Worker.id) == agent.id)
+            await session.exec(its.values(heartbeat_at=ahead))
+
+    async def is_silent() -> bool:
+        again_s = await controller.reconcile(ALL)
+        assert again_s is not None
+        assert again_s < 10
+        async with plane.db.read() as session:
+            return (await session.get_one(tables.Worker, agent.id)).silent
+
+    await says()
+    assert not await is_silent()
+    await eventually(is_silent, "it is silent")
+    ahead += timedelta(seconds=1)
+    await says()
+    assert not await is_silent()
+
+
+async def test_what_is_heard_while_the_silent_are_looked_for_counts(
+    plane: Plane, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    agent = await plane.worker()
+    mark = Workers._mark
+
+    async def marked(self: Workers, *args: Any) -> bool:  # it speaks to another server right then
+        async with plane.db.write() as session:
+            its = update(tables.Worker).where(col(tables.Worker.id) == agent.id)
+            await session.exec(its.values(heartbeat_at=LONG_AGO))
+        return await mark(self, *args)
+
+    plane.app.state.heartbeats._heard.clear()
+    controller = Workers(plane.db, Heartbeats(), Patience(timedelta(0), timedelta(0)))
+    controller._began -= 60
+    monkeypatch.setattr(Workers, "_mark", marked)
+    assert await controller.reconcile(ALL) == SOON_S
+    async with plane.db.read() as session:
+        worker = await session.get_one(tables.Worker, agent.id)
+    assert (worker.silent, worker.lost) == (False, False)
 
 
 async def test_the_end_of_the_grace_period_is_written_once_and_again_when_the_option_changes(

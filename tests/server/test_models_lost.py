@@ -123,6 +123,8 @@ class World:
                     if rival is not None and id in before:
                         assert rival in before, f"{id} ran, {rival} does not"
                         doubled += 1
+                    elif id in before and self.rows[id].lost:
+                        doubled += 1  # it lacks a part, and its successor runs
                     self.end(self.rows[id])
                 case Forget(id):
                     self.forget(id)

@@ -47,11 +47,12 @@ class Models:
             rows, facts = await facts_of(session, model, self._world)
             plan = plan_roll(facts)
             copies = {copy.id: copy for copy in facts.copies}
-            await _carry_out(session, model, rows, plan, copies)
             why = "" if model.deleting else plan.why[:MESSAGE_LIMIT]
             if plan.steps or model.rollout_message != why:
                 leaving = [copy.id for copy in facts.copies if copy.leaving]
-                await touch_draining(session, leaving)  # they show how far the drain is
+                # They show how far the drain is. Of what is forgotten, only now is it known where.
+                await touch_draining(session, leaving)
+            await _carry_out(session, model, rows, plan, copies)
             if model.rollout_message != why:
                 model.rollout_message = why
             if model.deleting and not rows:
@@ -103,7 +104,8 @@ def _wanted(model: Model) -> str:
 
 def _why(model: Model, copies: Mapping[int, Copy]) -> str:
     """Why an instance is made, if not in the place of one that is gone."""
-    live = [copy for copy in copies.values() if copy.phase is not Phase.STOPPING]
+    present = (copy for copy in copies.values() if copy.phase is not Phase.STOPPING)
+    live = [copy for copy in present if not copy.lost]
     leaving = next((copy for copy in live if copy.leaving), None)
     if leaving is None or len(live) < model.replicas:
         return _wanted(model)

@@ -5,6 +5,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 from sqlmodel import col, select
 
@@ -87,11 +88,15 @@ class Placements:
 async def _is_open(session: WriteSession, worker_id: int) -> bool:
     """Whether the worker takes new instances, from now until the commit.
 
-    Its row is locked: once a cordon is acknowledged, nothing more is placed there.
+    Its row is locked: once a cordon is acknowledged, nothing more is placed there; and once a
+    worker is marked as lost, so is all that is on it.
     """
-    row = select(Worker.scheduling).where(Worker.id == worker_id).with_for_update(read=True)
+    # More columns than the types of `select` know.
+    columns: Any = (Worker.scheduling, Worker.silent)
+    row = select(*columns).where(Worker.id == worker_id).with_for_update(read=True)
     with session.no_autoflush:
-        return (await session.exec(row)).one_or_none() == Scheduling.ACTIVE
+        found = (await session.exec(row)).one_or_none()
+    return found is not None and found[0] == Scheduling.ACTIVE and not found[1]
 
 
 def _note(

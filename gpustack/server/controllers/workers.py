@@ -63,6 +63,7 @@ class Workers:
         self._heartbeats = heartbeats
         self._began = monotonic()
         self._silent_from: dict[int, float] = {}
+        self._ahead: dict[int, tuple[datetime, float]] = {}
         self._patience = patience or Patience()
 
     async def reconcile(self, key: int) -> float | None:
@@ -75,17 +76,32 @@ class Workers:
             database_now = (await session.exec(select(clock()))).one()
         again_s = []
         for worker_id, was_silent, was_lost, grace_ends_at, heartbeat_at in workers:
-            since_written = None if heartbeat_at is None else database_now - heartbeat_at
+            since_written = self._since_written(worker_id or 0, heartbeat_at, database_now)
             now = self._judged(worker_id or 0, since_written, silent=was_silent, lost=was_lost)
             end = None
             if now.silent and not now.lost:
                 end = database_now + now.left
                 if grace_ends_at is not None and abs(end - grace_ends_at) < SAME_END:
                     end = grace_ends_at
-            if (now.silent, now.lost, end) != (was_silent, was_lost, grace_ends_at):
-                await self._mark(worker_id or 0, now, end)
-            again_s.append(now.due_s)
+            is_news = (now.silent, now.lost, end) != (was_silent, was_lost, grace_ends_at)
+            seen = (was_silent, was_lost, heartbeat_at)
+            is_stale = is_news and not await self._mark(worker_id or 0, seen, now, end)
+            again_s.append(SOON_S if is_stale else now.due_s)
         return min(again_s, default=None)
+
+    def _since_written(
+        self, worker_id: int, heartbeat_at: datetime | None, database_now: datetime
+    ) -> timedelta | None:
+        """Since it spoke to any server, as far as that is written; None: it never did."""
+        if heartbeat_at is None or heartbeat_at <= database_now:
+            self._ahead.pop(worker_id, None)
+            return None if heartbeat_at is None else database_now - heartbeat_at
+        # The database's clock was set back: what counts is when this was seen first.
+        at, seen = self._ahead.get(worker_id, (None, 0.0))
+        if at != heartbeat_at:
+            seen = monotonic()
+            self._ahead[worker_id] = (heartbeat_at, seen)
+        return timedelta(seconds=monotonic() - seen)
 
     def _judged(
         self, worker_id: int, since_written: timedelta | None, *, silent: bool, lost: bool
@@ -112,9 +128,15 @@ class Workers:
         due_s = SILENT_AGAIN_S if lost else min(left.total_seconds(), SILENT_AGAIN_S)
         return _Judgement(silent=True, lost=lost, left=left, due_s=max(due_s, SOON_S))
 
-    async def _mark(self, worker_id: int, now: _Judgement, end: datetime | None) -> None:
+    async def _mark(
+        self, worker_id: int, seen: tuple[Any, ...], now: _Judgement, end: datetime | None
+    ) -> bool:
+        """Whether it was still as it was `seen`; what was heard of it since must not be undone."""
         async with self._db.write() as session:
             worker = await find(session, Worker, worker_id)
             if worker is None:
-                return
+                return True
+            if (worker.silent, worker.lost, worker.heartbeat_at) != seen:
+                return False
             await set_silent(session, worker, silent=now.silent, lost=now.lost, grace_ends_at=end)
+        return True

@@ -60,6 +60,7 @@ async def _successors(session: ReadSession, models: Iterable[int]) -> dict[int, 
         .where(
             col(Instance.model_id).in_(models),
             col(Instance.deleting).is_(False),
+            col(Instance.lost).is_(False),
             col(Instance.reported_state).is_distinct_from(InstanceState.RUNNING),
             col(Worker.scheduling).is_distinct_from(Scheduling.DRAINING),
         )
