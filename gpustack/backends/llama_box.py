@@ -30,6 +30,11 @@ PROGRESS_COUNTERS = (
     "llamacpp:n_decode_total",
     "llamacpp:prompt_tokens_total",
     "llamacpp:tokens_predicted_total",
+    # Of llama-box itself. Source: the table of /metrics in its README.
+    "llamabox:tokens_prefill_total",
+    "llamabox:tokens_decode_total",
+    "llamabox:image_forward_total",
+    "llamabox:image_reverse_total",
 )
 
 #: It reads its whole file before it answers: 180 GB over a gigabit of network take half an hour.

@@ -12,6 +12,7 @@ What it does is told by FAKE in its environment (`VersionSpec.env`), words separ
     later-if=PATH    while PATH exists requests for work get 503
     held-if=PATH     while PATH exists requests for work are never answered
     still-if=PATH    while PATH exists its count of work done stays as it is
+    uncounted        its metrics do not say how many requests it has
     stubborn         it and a child of it ignore SIGTERM; the child's pid is in the log
     away             the child has left the engine's process group
     say=TEXT         print TEXT first
@@ -108,6 +109,7 @@ def answer(peer):
         say("metrics")
         work += not there("still-if")
         body = f"# gauge\\nllamacpp:requests_processing {there('busy-if'):d}\\n"
+        if "uncounted" in told: body = ""
         body += f"llamacpp:n_decode_total {work}\\n"
         if "mute" in told: body = ""
     elif head.startswith(b"POST "):

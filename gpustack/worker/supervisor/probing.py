@@ -13,6 +13,7 @@ from enum import Enum
 from typing import Final
 
 from gpustack.backends.base import Limits, ProbeRequest
+from gpustack.lib import platform
 from gpustack.lib.secrets import Secret
 from gpustack.lib.text import plain
 from gpustack.worker.reconcile import Failure, Trouble
@@ -77,6 +78,7 @@ class Prober:
         self._secret = secret
         self._limits = limits
         self._progress = Progress()
+        self._counted = ""  # what the number of its requests is the number of
         self._now = asyncio.get_running_loop().time
 
     async def until_ready(self) -> Failure | None:
@@ -178,7 +180,7 @@ class Prober:
         if self._progress.still_s(self._now()) < limits.stuck_s:
             return None  # it was busy: something has moved meanwhile
         seen = self._progress.requests
-        what = "no word from its metrics" if seen is None else f"{seen:g} requests in progress"
+        what = "no word from its metrics" if seen is None else f"{seen:g} {self._counted}"
         return f"{what} and no token for {still_s:.0f} s; a probe request {why}"
 
     async def _see(self) -> None:
@@ -191,7 +193,11 @@ class Prober:
             self._progress.forget()  # its health path says more
         else:
             known = values(metrics, (*record.busy_gauges, *record.progress_counters))
-            requests = sum(known.pop(name, 0.0) for name in record.busy_gauges)
+            gauges = [known.pop(name) for name in record.busy_gauges if name in known]
+            # llama-box does not say how many requests it has. Who is connected may be idle: so it
+            # costs a real request now and then, never the engine.
+            requests = sum(gauges) if gauges else float(platform.connections_to(record.port) or 0)
+            self._counted = "requests in progress" if gauges else "connections open"
             self._progress.see(Sample(requests, known), self._now())
 
 

@@ -173,6 +173,25 @@ async def test_an_engine_whose_requests_stop_getting_on_is_ended_with_evidence(
     assert groups_by_uid(bench.folder) == {}
 
 
+async def test_an_engine_that_does_not_count_its_requests_is_stuck_while_somebody_is_connected(
+    bench: Bench,
+) -> None:
+    hung = bench.folder / "hung"
+    engine = bench.another(STUCK)
+    async with asyncio.TaskGroup() as group:
+        fake = f"uncounted still-if={hung} held-if={hung}"
+        plan = bench.plan(fake=fake)
+        owner = group.create_task(engine.start(plan, 0))
+        await eventually(lambda: bench.phase() is Phase.RUNNING)
+        hung.touch()
+        (record,) = bench.records.all()
+        _, writer = await asyncio.open_connection("127.0.0.1", record.port)
+        failure = await owner
+        writer.close()
+    assert failure is not None
+    assert failure.sentence.startswith("1 connections open and no token for ")
+
+
 @pytest.mark.parametrize("sign", ["it answers a real request", "its counters move"])
 async def test_an_engine_that_is_but_busy_is_left_alone(bench: Bench, sign: str) -> None:
     busy = bench.folder / "busy"
