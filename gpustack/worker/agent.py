@@ -83,21 +83,9 @@ async def run(
         sockets: where it listens: agent, for its API, and worker-metrics.
     """
     platform.remove_unfinished(settings.data_dir, "worker_*")  # credential and certificate
-    name = worker_name(settings)
+    name, rhythm = worker_name(settings), rhythm or Rhythm()
     certificate = OwnCertificate(settings.data_dir, name)
-    reached_at = await first_address(settings, server_url)
-    about = registration(settings, reached_at, certificate.pem)
-    rhythm = rhythm or Rhythm()
-    fingerprint, tls = server_trust(settings, load_membership(settings.data_dir), server_url)
-    enrolment = Enrolment(
-        data_dir=settings.data_dir,
-        server_url=server_url,
-        join_token=join_token,
-        registration=about,
-        fingerprint=fingerprint,
-        tls=tls,
-        refused_s=rhythm.refused_s,
-    )
+    enrolment = await _enrolment(settings, server_url, join_token, certificate, rhythm)
     async with asyncio.TaskGroup() as group:
         told = FileReports()
         files = _files(group, settings, name, told)
@@ -106,13 +94,14 @@ async def run(
         detection = detection or _detection(settings)
         session = Session(enrolment, control, orders, detection, rhythm)
         talking = group.create_task(session.run())
-        logs = keep_logs(settings.log_dir, lambda: control.instances)
-        tasks = [group.create_task(control.run()), talking, group.create_task(logs)]
-        tasks.append(group.create_task(_keep(certificate, enrolment, every_s=rhythm.look_s)))
-        keeping = keep_address(settings, server_url, enrolment, every_s=rhythm.address_s)
-        tasks.append(group.create_task(keeping))
-        answering = _answering(sockets, settings, enrolment, control, detection)
-        tasks += [group.create_task(each) for each in answering]
+        lasting = [
+            control.run(),
+            keep_logs(settings.log_dir, lambda: control.instances),
+            _keep(certificate, enrolment, every_s=rhythm.look_s),
+            keep_address(settings, server_url, enrolment, every_s=rhythm.address_s),
+            *_answering(sockets, settings, enrolment, control, detection),
+        ]
+        tasks = [talking, *(group.create_task(each) for each in lasting)]
 
         def reload(raw: dict[str, Any]) -> None:
             now = load.with_hot(settings, raw)
@@ -129,6 +118,26 @@ async def run(
         orders.let_go()
         control.let_go()
         detection.close()
+
+
+async def _enrolment(
+    settings: Settings,
+    server_url: str,
+    join_token: str,
+    certificate: OwnCertificate,
+    rhythm: Rhythm,
+) -> Enrolment:
+    fingerprint, tls = server_trust(settings, load_membership(settings.data_dir), server_url)
+    reached_at = await first_address(settings, server_url)
+    return Enrolment(
+        data_dir=settings.data_dir,
+        server_url=server_url,
+        join_token=join_token,
+        registration=registration(settings, reached_at, certificate.pem),
+        fingerprint=fingerprint,
+        tls=tls,
+        refused_s=rhythm.refused_s,
+    )
 
 
 async def _keep(certificate: OwnCertificate, enrolment: Enrolment, *, every_s: float) -> None:

@@ -90,9 +90,14 @@ async def asked(
                 raise Unavailable(f"worker {worker.name} answered {answer.status_code}: {said}")
             yield answer
     except httpx.HTTPError as error:
-        why = str(error) or type(error).__name__
-        if isinstance(error, httpx.TimeoutException):  # these carry no text
-            why = f"it does not answer within {CONNECT_TIMEOUT_S:g} s"
-        if trust.tls_error(error) is not None:
-            why = "it does not show the certificate with which it registered"
-        raise Unavailable(f"worker {worker.name} cannot be reached: {why}") from None
+        raise Unavailable(f"worker {worker.name} cannot be reached: {_why(error)}") from None
+
+
+def _why(error: "httpx.HTTPError") -> str:
+    import httpx
+
+    if trust.tls_error(error) is not None:
+        return "it does not show the certificate with which it registered"
+    if isinstance(error, httpx.TimeoutException):  # these carry no text
+        return f"it does not answer within {CONNECT_TIMEOUT_S:g} s"
+    return str(error) or type(error).__name__
