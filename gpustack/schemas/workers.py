@@ -147,6 +147,8 @@ DEVICE_MEASURES: Final = frozenset(
 class Disk(Schema):
     """A file system that a worker keeps models or data on."""
 
+    model_config = ConfigDict(strict=True)
+
     mount_point: str
     total_bytes: int
     used_bytes: int

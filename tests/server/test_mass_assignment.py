@@ -100,6 +100,7 @@ MAY_CHANGE: Final[Mapping[tuple[str, str], str]] = {
     ("PUT /v2/workers/{worker_id}", "admin"): "workers.admin_labels workers.generation",
     ("POST /v2/workers/{worker_id}/cordon", "admin"): CORDON,
     ("POST /v2/workers/{worker_id}/drain", "admin"): CORDON,
+    ("POST /v2/workers/{worker_id}/uncordon", "admin"): CORDON,
     ("POST /v2/model-files", "admin"): "+model_files",
     ("POST /v2/model-files/{file_id}/reset", "admin"): "model_files.generation",
     ("POST /v2/workers/register", "join"): "+workers +credentials",
