@@ -124,7 +124,7 @@ class SimulatedWorker:
 
     async def _beat(self) -> None:
         status, body = await self._line.ask("PUT", f"/v2/workers/{self.id}/heartbeat", self._run)
-        assert status == 204, body
+        assert status == 200, body
 
     async def _tell(self) -> None:
         for device in self._devices:
