@@ -14,6 +14,7 @@ from typing import Final
 
 from gpustack.schemas.workers import Device
 from gpustack.worker.detectors.reading import (
+    cards,
     celsius,
     checked,
     no_memory,
@@ -60,17 +61,10 @@ def parse(output: str) -> list[Device]:
     version = _VERSION.search(output)
     if version is None:
         raise ValueError(f"cnmon printed no table of cards, but {said(output)}")
-    found = []
-    lines = output.splitlines()
-    for place, line in enumerate(lines):
-        if "Processes:" in line:
-            break
-        if (first := _FIRST.match(line.strip())) is None:
-            continue
-        below = lines[place + 1].strip() if place + 1 < len(lines) else ""
-        if (second := _SECOND.match(below)) is None:
-            raise ValueError(f"cnmon's table ends in the middle of card {first[1]}")
-        found.append(_device(first, second, version[1] or _driver(first[3])))
+    found = [
+        _device(first, second, version[1] or _driver(first[3]))
+        for first, second in cards(output, _FIRST, _SECOND, called="cnmon's card")
+    ]
     return checked(found, "cnmon")
 
 

@@ -13,6 +13,7 @@ from typing import Final
 
 from gpustack.schemas.workers import Device, DeviceProblem, ProblemCode
 from gpustack.worker.detectors.reading import (
+    cards,
     celsius,
     checked,
     no_memory,
@@ -117,17 +118,10 @@ def parse_table(output: str) -> list[Device]:
     )
     if head is None:
         raise ValueError(f"ixsmi printed no table of GPUs, but {said(output)}")
-    found = []
-    lines = output.splitlines()
-    for place, line in enumerate(lines):
-        if "Processes:" in line:
-            break
-        if (first := _FIRST.match(line.strip())) is None:
-            continue
-        below = lines[place + 1].strip() if place + 1 < len(lines) else ""
-        if (second := _SECOND.match(below)) is None:
-            raise ValueError(f"ixsmi's table ends in the middle of GPU {first[1]}")
-        found.append(_row(first, second, head[1], text(head[2])))
+    found = [
+        _row(first, second, head[1], text(head[2]))
+        for first, second in cards(output, _FIRST, _SECOND, called="ixsmi's GPU")
+    ]
     return checked(found, "ixsmi")
 
 

@@ -4,7 +4,7 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, Final
 
 from gpustack.schemas.workers import Device, DeviceProblem, ProblemCode
@@ -149,6 +149,31 @@ def json_of(output: str, tool: str) -> Any:
         if value == [] and not output[end:].strip():
             return value
     raise ValueError(f"{tool} printed no JSON that can be read, but {said(output)}")
+
+
+def cards(
+    output: str, first: re.Pattern[str], second: re.Pattern[str], *, called: str
+) -> Iterator[tuple[re.Match[str], re.Match[str]]]:
+    """The two lines of each card in a table, above its list of processes.
+
+    Args:
+        first: whose first group is the card's number.
+        called: whose table it is and what it lists, such as "ixsmi's GPU".
+
+    Raises:
+        ValueError: the table ends in the middle of a card.
+    """
+    lines = [line.strip() for line in output.splitlines()]
+    for place, line in enumerate(lines):
+        if "Processes:" in line:
+            return
+        if (upper := first.match(line)) is None:
+            continue
+        below = lines[place + 1] if place + 1 < len(lines) else ""
+        if (lower := second.match(below)) is None:
+            whose, _, what = called.partition(" ")
+            raise ValueError(f"{whose} table ends in the middle of {what} {upper[1]}")
+        yield upper, lower
 
 
 def said(output: str) -> str:
