@@ -59,6 +59,8 @@ async def data_plane(
 ) -> AsyncIterator[Public]:
     """All that a gateway is made of, running; listens nowhere yet.
 
+    Longer than most: each part is made of those before it, and named once.
+
     Args:
         server: the control plane, which `credential` opens for gateways.
         place: this process's index, and how many gateway processes the node has. The first

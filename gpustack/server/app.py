@@ -279,6 +279,8 @@ async def control_plane(
 ) -> AsyncIterator[FastAPI]:
     """Database, feed and controllers, all running; ended on the way out.
 
+    Longer than most: what is begun here is ended here, in the opposite order.
+
     The database is migrated. `extra` is the launcher's: this node's own secrets.
     """
     patience = Patience(silent_after, timedelta(seconds=settings.unreachable_grace))

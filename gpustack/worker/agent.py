@@ -79,6 +79,8 @@ async def run(
 ) -> None:
     """The agent, once it alone acts for its data directory, until `leave` returns.
 
+    Longer than most: what is begun here is ended here, in an order that matters.
+
     Args:
         sockets: where it listens: agent, for its API, and worker-metrics.
     """
